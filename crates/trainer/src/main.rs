@@ -1,0 +1,2 @@
+//! The r2q program.
+fn main() {}
