@@ -1,1 +1,7 @@
-//! mdp-core
+//! Token-level Markov decision processes, solved exactly.
+
+mod beta;
+mod error;
+
+pub use beta::Beta;
+pub use error::MdpError;
