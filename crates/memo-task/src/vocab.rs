@@ -1,0 +1,603 @@
+//! The words, the value pools, and the word-level tokenizer over them.
+
+use std::collections::HashMap;
+
+use rand::{Rng, RngExt};
+use serde_json::json;
+
+use crate::Fact;
+
+pub(crate) const PAD: u32 = 0;
+pub(crate) const EOS: u32 = 1;
+pub(crate) const UNK: u32 = 2;
+const SPECIALS: [&str; 3] = ["<pad>", "<eos>", "<unk>"];
+
+/// How `tokenizers` cuts text: a word takes the space before it along, so that joining the tokens
+/// gives the text back, and a value has one token wherever it stands.
+const SPLIT_PATTERN: &str = r" ?[A-Za-z0-9:]+|[^A-Za-z0-9\s]|\n";
+
+/// Names, most common first. The last ones are rare: a right name may be a surprising one.
+const NAMES: &[&str] = &[
+    "Maria",
+    "Peter",
+    "Anna",
+    "Thomas",
+    "Laura",
+    "Daniel",
+    "Emma",
+    "Martin",
+    "Julia",
+    "Simon",
+    "Clara",
+    "David",
+    "Nina",
+    "Robert",
+    "Eva",
+    "Oscar",
+    "Helen",
+    "Victor",
+    "Alice",
+    "Henry",
+    "Rosa",
+    "Felix",
+    "Irene",
+    "Hugo",
+    "Marta",
+    "Leon",
+    "Vera",
+    "Paul",
+    "Ingrid",
+    "Omar",
+    "Sonia",
+    "Karl",
+    "Leila",
+    "Bruno",
+    "Astrid",
+    "Ivan",
+    "Carmen",
+    "Otto",
+    "Freya",
+    "Rashid",
+    "Greta",
+    "Mateo",
+    "Yuki",
+    "Dmitri",
+    "Noor",
+    "Anselm",
+    "Pilar",
+    "Cormac",
+    "Zofia",
+    "Tariq",
+    "Imogen",
+    "Laszlo",
+    "Wanda",
+    "Kwame",
+    "Odile",
+    "Bertil",
+    "Saskia",
+    "Jarek",
+    "Thora",
+    "Emeka",
+    "Quentin",
+    "Ysolde",
+    "Fergus",
+    "Ximena",
+    "Ludmila",
+    "Balthasar",
+    "Perpetua",
+    "Zebedee",
+    "Ottoline",
+    "Thaddeus",
+    "Casimir",
+    "Wilhelmina",
+];
+
+const ITEMS: &[&str] = &[
+    "apples", "books", "lamps", "cups", "pears", "plates", "candles", "boots", "lemons", "nails",
+    "bricks", "towels", "onions", "maps", "ropes", "spoons", "tiles", "plums", "seeds", "pencils",
+    "wheels", "drums", "shells", "tulips", "radios", "scarves", "kites", "figs", "masks",
+    "walnuts", "bolts", "oars", "turnips", "violins", "lutes", "gourds", "quinces", "anvils",
+    "zithers", "sextants",
+];
+
+const PLACES: &[&str] = &[
+    "London",
+    "Paris",
+    "Rome",
+    "Vienna",
+    "Oslo",
+    "Lisbon",
+    "Prague",
+    "Dublin",
+    "Basel",
+    "Turin",
+    "Porto",
+    "Bergen",
+    "Seville",
+    "Ghent",
+    "Verona",
+    "Krakow",
+    "Zagreb",
+    "Riga",
+    "Malmo",
+    "Lille",
+    "Graz",
+    "Nantes",
+    "Bruges",
+    "Tallinn",
+    "Utrecht",
+    "Cadiz",
+    "Aarhus",
+    "Trieste",
+    "Uppsala",
+    "Parma",
+    "Kaunas",
+    "Narvik",
+    "Perugia",
+    "Tartu",
+    "Zadar",
+    "Kotor",
+    "Lugo",
+    "Visby",
+    "Ioannina",
+    "Ljubljana",
+];
+
+const DAYS: &[&str] = &[
+    "Monday",
+    "Friday",
+    "Tuesday",
+    "Thursday",
+    "Wednesday",
+    "Saturday",
+    "Sunday",
+];
+
+const TIMES: &[&str] = &[
+    "9:00", "10:00", "12:00", "15:00", "8:00", "14:00", "11:00", "16:00", "17:00", "13:00",
+    "18:00", "7:00",
+];
+
+const AMOUNTS: std::ops::RangeInclusive<u32> = 2..=60;
+/// How much more common a multiple of ten is than another amount.
+const ROUND_AMOUNT_WEIGHT: f64 = 4.0;
+
+/// Words of prompts that no summary uses.
+const PROMPT_WORDS: &[&str] = &[
+    "\n", "Memo:", "From:", "To:", "Goods:", "Place:", "Day:", "Time:", "Note:", " It", " comes",
+    " goes", " lands", " is", " due", " holds", "Summary:",
+];
+
+/// Verbs with the sender as subject, most common first; each comes half as often as the one
+/// before, so the last are right and rare.
+pub(crate) const SEND_VERBS: &[&str] = &[
+    " sends",
+    " ships",
+    " delivers",
+    " forwards",
+    " dispatches",
+    " consigns",
+];
+/// Verbs with the crates as subject, as above.
+pub(crate) const MOVE_VERBS: &[&str] = &[" go", " travel", " move", " journey"];
+/// Verbs of the second sentence, as above.
+pub(crate) const ARRIVE_VERBS: &[&str] = &[" arrive", " come", " land", " appear"];
+
+/// The words before a value inside a sentence, most common first.
+pub(crate) const CUES: &[(&str, Fact)] = &[
+    (" from", Fact::Sender),
+    (" to", Fact::Recipient),
+    (" for", Fact::Recipient),
+    (" in", Fact::Place),
+    (" on", Fact::Day),
+    (" this", Fact::Day),
+    (" at", Fact::Time),
+];
+/// The words before a value at the start of a text.
+pub(crate) const FRONT_CUES: &[(&str, Fact)] = &[
+    (" In", Fact::Place),
+    (" On", Fact::Day),
+    (" At", Fact::Time),
+];
+
+/// Phrases that say nothing, by where they stand. None is the start of another.
+pub(crate) const OPENERS: &[&[&str]] = &[
+    &[" As", " you", " know"],
+    &[" As", " we", " said", " before"],
+];
+pub(crate) const ASIDES: &[&[&str]] = &[
+    &[" as", " you", " know"],
+    &[" as", " we", " said", " before"],
+    &[" once", " again"],
+    &[" by", " the", " way"],
+];
+pub(crate) const CLOSERS: &[&[&str]] = &[
+    &[" That", " is", " all", " we", " know", "."],
+    &[" We", " hope", " this", " helps", "."],
+];
+
+/// What the reader needs to know about a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Word {
+    /// A value, by the pool it belongs to.
+    Value(Pool),
+    /// A word before a value, inside a sentence.
+    Cue(Fact),
+    /// A word before a value, at the start of a text.
+    FrontCue(Fact),
+    SendVerb,
+    MoveVerb,
+    ArriveVerb,
+    /// ` crates` or ` Crates`.
+    Crates,
+    Of,
+    They,
+    Comma,
+    Stop,
+    /// A word of filler phrases only, of prompts, or a special token.
+    Other,
+}
+
+/// The kinds of value; sender and recipient share the names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pool {
+    Name,
+    Amount,
+    Item,
+    Place,
+    Day,
+    Time,
+}
+
+impl Pool {
+    const ALL: [Self; 6] = [
+        Self::Name,
+        Self::Amount,
+        Self::Item,
+        Self::Place,
+        Self::Day,
+        Self::Time,
+    ];
+
+    pub(crate) fn of(fact: Fact) -> Self {
+        match fact {
+            Fact::Sender | Fact::Recipient => Self::Name,
+            Fact::Amount => Self::Amount,
+            Fact::Item => Self::Item,
+            Fact::Place => Self::Place,
+            Fact::Day => Self::Day,
+            Fact::Time => Self::Time,
+        }
+    }
+}
+
+/// The values of one pool with their weights, most common first.
+#[derive(Debug, Clone)]
+pub(crate) struct Values {
+    pub(crate) words: Vec<String>,
+    weights: Vec<f64>,
+}
+
+impl Values {
+    /// Weight `1/rank`: the frequencies of words in text.
+    fn zipf(words: &[&str]) -> Self {
+        let weights = (1..=words.len()).map(|rank| 1.0 / rank as f64).collect();
+        Self {
+            words: words.iter().map(|word| (*word).to_owned()).collect(),
+            weights,
+        }
+    }
+
+    fn amounts() -> Self {
+        let mut amounts: Vec<u32> = AMOUNTS.collect();
+        amounts.sort_by_key(|amount| (!amount.is_multiple_of(10), *amount));
+        let weight = |amount: &u32| {
+            if amount.is_multiple_of(10) {
+                ROUND_AMOUNT_WEIGHT
+            } else {
+                1.0
+            }
+        };
+        Self {
+            weights: amounts.iter().map(weight).collect(),
+            words: amounts.iter().map(u32::to_string).collect(),
+        }
+    }
+
+    /// One value, drawn by weight among the `head` most common, that is none of `except`.
+    pub(crate) fn draw(&self, head: usize, except: &[&str], rng: &mut impl Rng) -> &str {
+        let head = head.clamp(except.len() + 1, self.words.len());
+        let allowed = |word: &str| !except.contains(&word);
+        let candidates = || {
+            self.words[..head]
+                .iter()
+                .zip(&self.weights)
+                .filter(|(word, _)| allowed(word))
+        };
+        let total: f64 = candidates().map(|(_, weight)| weight).sum();
+        let mut left = rng.random::<f64>() * total;
+        let mut last = self.words[0].as_str();
+        for (word, weight) in candidates() {
+            last = word;
+            left -= weight;
+            if left < 0.0 {
+                break;
+            }
+        }
+        last
+    }
+}
+
+/// The vocabulary: tokens by id, ids by token, and what each token is to the reader.
+#[derive(Debug, Clone)]
+pub(crate) struct Vocab {
+    tokens: Vec<String>,
+    words: Vec<Word>,
+    ids: HashMap<String, u32>,
+    pools: [Values; 6],
+}
+
+impl Vocab {
+    pub(crate) fn new() -> Self {
+        let pools = [
+            Values::zipf(NAMES),
+            Values::amounts(),
+            Values::zipf(ITEMS),
+            Values::zipf(PLACES),
+            Values::zipf(DAYS),
+            Values::zipf(TIMES),
+        ];
+        let mut vocab = Self {
+            tokens: Vec::new(),
+            words: Vec::new(),
+            ids: HashMap::new(),
+            pools,
+        };
+        for token in SPECIALS.iter().chain(PROMPT_WORDS) {
+            vocab.add(token, Word::Other);
+        }
+        let fixed = [
+            (".", Word::Stop),
+            (",", Word::Comma),
+            (" crates", Word::Crates),
+            (" Crates", Word::Crates),
+            (" of", Word::Of),
+            (" They", Word::They),
+        ];
+        for (token, word) in fixed {
+            vocab.add(token, word);
+        }
+        for (tokens, word) in [
+            (SEND_VERBS, Word::SendVerb),
+            (MOVE_VERBS, Word::MoveVerb),
+            (ARRIVE_VERBS, Word::ArriveVerb),
+        ] {
+            for token in tokens {
+                vocab.add(token, word);
+            }
+        }
+        for (token, fact) in CUES {
+            vocab.add(token, Word::Cue(*fact));
+        }
+        for (token, fact) in FRONT_CUES {
+            vocab.add(token, Word::FrontCue(*fact));
+        }
+        for token in [OPENERS, ASIDES, CLOSERS]
+            .into_iter()
+            .flatten()
+            .copied()
+            .flatten()
+        {
+            vocab.add(token, Word::Other);
+        }
+        for pool in Pool::ALL {
+            for word in vocab.pools[pool as usize].words.clone() {
+                vocab.add(&format!(" {word}"), Word::Value(pool));
+            }
+        }
+        vocab
+    }
+
+    /// Adds a token unless it is there: filler phrases share words with each other and with
+    /// sentences.
+    fn add(&mut self, token: &str, word: Word) {
+        if !self.ids.contains_key(token) {
+            self.ids.insert(token.to_owned(), self.tokens.len() as u32);
+            self.tokens.push(token.to_owned());
+            self.words.push(word);
+        }
+    }
+
+    pub(crate) fn size(&self) -> usize {
+        self.tokens.len()
+    }
+
+    pub(crate) fn id(&self, token: &str) -> Option<u32> {
+        self.ids.get(token).copied()
+    }
+
+    pub(crate) fn token(&self, id: u32) -> Option<&str> {
+        self.tokens.get(id as usize).map(String::as_str)
+    }
+
+    pub(crate) fn word(&self, id: u32) -> Word {
+        self.words.get(id as usize).copied().unwrap_or(Word::Other)
+    }
+
+    pub(crate) fn values(&self, fact: Fact) -> &Values {
+        &self.pools[Pool::of(fact) as usize]
+    }
+
+    /// The ids of a text, as the `tokenizers` crate gives them for [`Vocab::tokenizer_json`].
+    pub(crate) fn encode(&self, text: &str) -> Vec<u32> {
+        let mut ids = Vec::new();
+        let mut rest = text;
+        while !rest.is_empty() {
+            // Special tokens are cut out first, wherever they stand.
+            let special = SPECIALS
+                .iter()
+                .enumerate()
+                .filter_map(|(id, special)| rest.find(special).map(|at| (at, id, special.len())))
+                .min();
+            let (at, id, len) = special.unwrap_or((rest.len(), SPECIALS.len(), 0));
+            self.encode_plain(&rest[..at], &mut ids);
+            if id < SPECIALS.len() {
+                ids.push(id as u32);
+            }
+            rest = &rest[at + len..];
+        }
+        ids
+    }
+
+    fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) {
+        let mut at = 0;
+        while at < text.len() {
+            let mut len = match_len(&text[at..]);
+            if len == 0 {
+                // What no pattern matches stays together as one unknown piece.
+                len = text[at..]
+                    .char_indices()
+                    .map(|(offset, _)| offset)
+                    .find(|offset| match_len(&text[at + offset..]) > 0)
+                    .unwrap_or(text.len() - at);
+            }
+            ids.push(self.id(&text[at..at + len]).unwrap_or(UNK));
+            at += len;
+        }
+    }
+
+    /// The text of ids; special tokens and ids outside the vocabulary give nothing.
+    pub(crate) fn decode(&self, ids: &[u32]) -> String {
+        ids.iter()
+            .filter(|id| **id as usize >= SPECIALS.len())
+            .filter_map(|id| self.token(*id))
+            .collect()
+    }
+
+    pub(crate) fn tokenizer_json(&self) -> String {
+        let special = |(id, content): (usize, &&str)| {
+            json!({
+                "id": id, "content": content, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true,
+            })
+        };
+        let vocab: serde_json::Map<String, serde_json::Value> = self
+            .tokens
+            .iter()
+            .zip(0_u32..)
+            .map(|(token, id)| (token.clone(), id.into()))
+            .collect();
+        let tokenizer = json!({
+            "version": "1.0",
+            "truncation": null,
+            "padding": null,
+            "added_tokens": SPECIALS.iter().enumerate().map(special).collect::<Vec<_>>(),
+            "normalizer": null,
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": { "Regex": SPLIT_PATTERN },
+                "behavior": "Isolated",
+                "invert": false,
+            },
+            "post_processor": null,
+            "decoder": { "type": "Fuse" },
+            "model": { "type": "WordLevel", "vocab": vocab, "unk_token": SPECIALS[UNK as usize] },
+        });
+        format!("{tokenizer:#}")
+    }
+
+    pub(crate) fn tokenizer_config_json(&self) -> String {
+        let config = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": SPECIALS[PAD as usize],
+            "eos_token": SPECIALS[EOS as usize],
+            "unk_token": SPECIALS[UNK as usize],
+            "clean_up_tokenization_spaces": false,
+            "padding_side": "right",
+        });
+        format!("{config:#}")
+    }
+}
+
+/// How many bytes [`SPLIT_PATTERN`] takes at the start of a text, 0 where it does not match.
+fn match_len(text: &str) -> usize {
+    let space = usize::from(text.starts_with(' '));
+    let is_word = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b':';
+    let word = text.as_bytes()[space..]
+        .iter()
+        .take_while(|byte| is_word(byte))
+        .count();
+    if word > 0 {
+        return space + word;
+    }
+    match text.chars().next() {
+        Some(first) if first == '\n' || !first.is_whitespace() => first.len_utf8(),
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn special_ids_are_where_the_model_expects_them() {
+        let vocab = Vocab::new();
+        assert_eq!(vocab.id("<pad>"), Some(PAD));
+        assert_eq!(vocab.id("<eos>"), Some(EOS));
+        assert_eq!(vocab.id("<unk>"), Some(UNK));
+    }
+
+    #[test]
+    fn every_value_has_one_token_and_no_twin() {
+        let vocab = Vocab::new();
+        for pool in &vocab.pools {
+            for word in &pool.words {
+                assert!(
+                    vocab.id(word).is_none(),
+                    "{word} has a twin without its space"
+                );
+                let id = vocab
+                    .id(&format!(" {word}"))
+                    .expect("each value is a token");
+                assert!(
+                    matches!(vocab.word(id), Word::Value(_)),
+                    "{word} is also a plain word"
+                );
+            }
+        }
+        let n_values: usize = pool_sizes(&vocab).iter().sum();
+        let n_value_tokens = vocab
+            .words
+            .iter()
+            .filter(|word| matches!(word, Word::Value(_)))
+            .count();
+        assert_eq!(n_values, n_value_tokens, "two pools share a word");
+    }
+
+    fn pool_sizes(vocab: &Vocab) -> Vec<usize> {
+        vocab.pools.iter().map(|pool| pool.words.len()).collect()
+    }
+
+    #[test]
+    fn no_filler_phrase_starts_another() {
+        for phrases in [OPENERS, ASIDES, CLOSERS] {
+            for (i, a) in phrases.iter().enumerate() {
+                for (j, b) in phrases.iter().enumerate() {
+                    assert!(i == j || !a.starts_with(b));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn text_is_cut_at_words_with_their_space() {
+        let vocab = Vocab::new();
+        let ids = vocab.encode("Memo:\nFrom: Maria, 9:00  Oslo<eos>é");
+        let cut: Vec<_> = ids.iter().map(|id| vocab.token(*id).unwrap()).collect();
+        let expected = [
+            "Memo:", "\n", "From:", " Maria", ",", " 9:00", "<unk>", " Oslo", "<eos>", "<unk>",
+        ];
+        assert_eq!(cut, expected);
+    }
+}
