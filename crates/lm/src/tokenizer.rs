@@ -1,0 +1,649 @@
+//! Tokenizers in Hugging Face folders.
+//!
+//! [`Tokenizer`] reads `tokenizer.json` and the small files beside it, encodes as
+//! `tokenizer(text)` does in transformers, and writes every file back byte for byte.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rayon::prelude::*;
+use serde_json::{Map, Value};
+
+/// The files of a tokenizer that [`Tokenizer::save`] carries along, as they were.
+const KEPT_FILES: [&str; 12] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+];
+
+/// The folder in which transformers keeps named chat templates beside the default one.
+const NAMED_TEMPLATES: &str = "additional_chat_templates";
+
+/// The special tokens that have a name of their own in `tokenizer_config.json`.
+const NAMED_TOKENS: [&str; 7] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+];
+
+/// What can be wrong with a tokenizer folder or a text.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TokenizerError {
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file is not JSON, or not of the expected shape.
+    #[error("{}: {message}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what came.
+        message: String,
+    },
+    /// A special token is named, but the vocabulary has no such token.
+    #[error("{}: {name} is `{token}`, which the vocabulary does not have", path.display())]
+    UnknownSpecialToken {
+        /// The tokenizer's folder or file.
+        path: PathBuf,
+        /// Such as `eos_token`.
+        name: String,
+        /// Its text.
+        token: String,
+    },
+    /// The tokenizer names no end-of-sequence token, and one is needed.
+    #[error("{}: no eos_token is named in tokenizer_config.json, special_tokens_map.json, generation_config.json or config.json", path.display())]
+    NoEos {
+        /// The tokenizer's folder or file.
+        path: PathBuf,
+    },
+    /// The library refused a text or a list of ids.
+    #[error("{}: cannot {action}: {message}", path.display())]
+    Refused {
+        /// The tokenizer's folder or file.
+        path: PathBuf,
+        /// `encode` or `decode`.
+        action: &'static str,
+        /// What the library said.
+        message: String,
+    },
+}
+
+/// A tokenizer with its special tokens; cheap to clone, and shared freely between threads.
+///
+/// # Examples
+///
+/// ```no_run
+/// # fn main() -> Result<(), lm::tokenizer::TokenizerError> {
+/// let tokenizer = lm::tokenizer::Tokenizer::from_folder("SmolLM2-135M-Instruct".as_ref())?;
+/// let ids = tokenizer.encode("The sky is")?;
+/// assert_eq!(tokenizer.decode(&ids, true)?, "The sky is");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    library: tokenizers::Tokenizer,
+    path: PathBuf,
+    files: BTreeMap<PathBuf, Vec<u8>>,
+    special: BTreeMap<String, String>,
+    eos_ids: Vec<u32>,
+    bos_id: Option<u32>,
+    pad_id: Option<u32>,
+    /// `Some((bos, eos))` where the configuration says in words what is put around a text.
+    around: Option<(Vec<u32>, Vec<u32>)>,
+    vocab_size: usize,
+    clean_up: bool,
+}
+
+impl Tokenizer {
+    /// The tokenizer of a Hugging Face folder.
+    ///
+    /// Special tokens come from `tokenizer_config.json`, then `special_tokens_map.json`; where
+    /// neither names an end of sequence, `eos_token_id` of `generation_config.json` or
+    /// `config.json` counts. What `tokenizer.json` says about truncation and padding is ignored, as
+    /// it is by `tokenizer(text)` in transformers.
+    ///
+    /// The pipeline is the one `tokenizer.json` describes. transformers 5 rebuilds it from the
+    /// vocabulary for a few `tokenizer_class`es (such as `LlamaTokenizer`), which may differ from
+    /// the file.
+    ///
+    /// # Errors
+    ///
+    /// A file that is missing, unreadable or malformed, or an `eos_token` that the vocabulary lacks.
+    pub fn from_folder(folder: &Path) -> Result<Self, TokenizerError> {
+        let mut files = BTreeMap::new();
+        for name in KEPT_FILES {
+            keep_file(folder, Path::new(name), &mut files)?;
+        }
+        let named = folder.join(NAMED_TEMPLATES);
+        if named.is_dir() {
+            let entries = fs::read_dir(&named).map_err(|source| TokenizerError::Io {
+                path: named.clone(),
+                source,
+            })?;
+            for entry in entries {
+                let entry = entry.map_err(|source| TokenizerError::Io {
+                    path: named.clone(),
+                    source,
+                })?;
+                let relative = Path::new(NAMED_TEMPLATES).join(entry.file_name());
+                if relative.extension().is_some_and(|e| e == "jinja") {
+                    keep_file(folder, &relative, &mut files)?;
+                }
+            }
+        }
+        if !files.contains_key(Path::new("tokenizer.json")) {
+            return Err(TokenizerError::Io {
+                path: folder.join("tokenizer.json"),
+                source: std::io::ErrorKind::NotFound.into(),
+            });
+        }
+        // The model's own configuration is not the tokenizer's to keep, but may know the eos.
+        let mut model_files = BTreeMap::new();
+        keep_file(folder, Path::new("config.json"), &mut model_files)?;
+        Self::build(folder.to_path_buf(), files, &model_files)
+    }
+
+    /// A tokenizer made in memory: the text of `tokenizer.json` and of `tokenizer_config.json`.
+    ///
+    /// [`Tokenizer::save`] writes exactly these two texts.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tokenizer::from_folder`]; files are named relative to `label`.
+    pub fn from_json(
+        label: &str,
+        tokenizer_json: &str,
+        tokenizer_config_json: &str,
+    ) -> Result<Self, TokenizerError> {
+        let files = [
+            ("tokenizer.json", tokenizer_json),
+            ("tokenizer_config.json", tokenizer_config_json),
+        ]
+        .map(|(name, text)| (PathBuf::from(name), text.as_bytes().to_vec()))
+        .into();
+        Self::build(PathBuf::from(label), files, &BTreeMap::new())
+    }
+
+    fn build(
+        path: PathBuf,
+        files: BTreeMap<PathBuf, Vec<u8>>,
+        model_files: &BTreeMap<PathBuf, Vec<u8>>,
+    ) -> Result<Self, TokenizerError> {
+        let object = |name: &str| json_object(&path, name, files.get(Path::new(name)));
+        let library = load_library(
+            &path.join("tokenizer.json"),
+            files
+                .get(Path::new("tokenizer.json"))
+                .map_or(&[][..], Vec::as_slice),
+        )?;
+        let config = object("tokenizer_config.json")?;
+        let map = object("special_tokens_map.json")?;
+        let generation = object("generation_config.json")?;
+        let model = json_object(
+            &path,
+            "config.json",
+            model_files.get(Path::new("config.json")),
+        )?;
+
+        let mut special = BTreeMap::new();
+        for name in NAMED_TOKENS {
+            let text = token_text(&path, "tokenizer_config.json", name, config.get(name))?.or(
+                token_text(&path, "special_tokens_map.json", name, map.get(name))?,
+            );
+            if let Some(text) = text {
+                special.insert(name.to_owned(), text);
+            }
+        }
+        let id_of = |name: &str| special.get(name).and_then(|t| library.token_to_id(t));
+
+        let mut eos_ids = Vec::new();
+        match (special.get("eos_token"), id_of("eos_token")) {
+            (Some(_), Some(id)) => eos_ids.push(id),
+            (Some(token), None) => {
+                return Err(TokenizerError::UnknownSpecialToken {
+                    path,
+                    name: "eos_token".to_owned(),
+                    token: token.clone(),
+                });
+            }
+            (None, _) => {}
+        }
+        for (file, values) in [
+            ("generation_config.json", &generation),
+            ("config.json", &model),
+        ] {
+            let ids = token_ids(&path, file, "eos_token_id", values.get("eos_token_id"))?;
+            // config.json is asked only where nothing else names an eos.
+            if file == "generation_config.json" || eos_ids.is_empty() {
+                for id in ids {
+                    if !eos_ids.contains(&id) {
+                        eos_ids.push(id);
+                    }
+                }
+            }
+        }
+        if !special.contains_key("eos_token")
+            && let Some(text) = eos_ids.first().and_then(|&id| library.id_to_token(id))
+        {
+            special.insert("eos_token".to_owned(), text);
+        }
+
+        let configured_pad = [
+            ("generation_config.json", &generation),
+            ("config.json", &model),
+        ]
+        .into_iter()
+        .map(|(file, values)| token_ids(&path, file, "pad_token_id", values.get("pad_token_id")))
+        .collect::<Result<Vec<_>, _>>()?
+        .concat();
+        let pad_id = special
+            .get("pad_token")
+            .and_then(|t| library.token_to_id(t))
+            .or(eos_ids.first().copied())
+            .or(configured_pad.first().copied());
+        let bos_id = special
+            .get("bos_token")
+            .and_then(|t| library.token_to_id(t));
+
+        // transformers rebuilds the post-processor where the configuration states either flag.
+        let flag = |name: &str| config.get(name).and_then(Value::as_bool);
+        let around = match (flag("add_bos_token"), flag("add_eos_token")) {
+            (None, None) => None,
+            (bos, eos) => Some((
+                bos_id.filter(|_| bos == Some(true)).into_iter().collect(),
+                eos_ids
+                    .first()
+                    .copied()
+                    .filter(|_| eos == Some(true))
+                    .into_iter()
+                    .collect(),
+            )),
+        };
+
+        let vocab_size = library
+            .get_vocab(true)
+            .values()
+            .map(|&id| id as usize + 1)
+            .max()
+            .unwrap_or(0);
+        let clean_up = config
+            .get("clean_up_tokenization_spaces")
+            .and_then(Value::as_bool)
+            .unwrap_or(false)
+            && !matches!(
+                library.get_model(),
+                tokenizers::models::ModelWrapper::BPE(_)
+            );
+        Ok(Self {
+            inner: Arc::new(Inner {
+                library,
+                path,
+                files,
+                special,
+                eos_ids,
+                bos_id,
+                pad_id,
+                around,
+                vocab_size,
+                clean_up,
+            }),
+        })
+    }
+
+    /// Token ids of a text, with the special tokens that this tokenizer puts around one by default.
+    ///
+    /// What `tokenizer(text).input_ids` gives in transformers: some tokenizers add a beginning of
+    /// sequence, most add nothing. A special token's text within `text` becomes that token.
+    ///
+    /// # Errors
+    ///
+    /// A text that the library refuses.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        match &self.inner.around {
+            None => self.run_encoder(text, true),
+            Some((before, after)) => {
+                let mut ids = before.clone();
+                ids.extend(self.run_encoder(text, false)?);
+                ids.extend(after);
+                Ok(ids)
+            }
+        }
+    }
+
+    /// Token ids of a text with nothing put around it, as chat templates need.
+    ///
+    /// # Errors
+    ///
+    /// A text that the library refuses.
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.run_encoder(text, false)
+    }
+
+    /// [`Tokenizer::encode`] of many texts on all threads, in order.
+    ///
+    /// # Errors
+    ///
+    /// The first text that the library refuses.
+    pub fn encode_batch(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>, TokenizerError> {
+        let encoded: Vec<_> = texts.par_iter().map(|text| self.encode(text)).collect();
+        encoded.into_iter().collect()
+    }
+
+    fn run_encoder(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
+        let encoding = self
+            .inner
+            .library
+            .encode_fast(text, special)
+            .map_err(|error| self.refused("encode", &error.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of token ids, without special tokens where `skip_special` says so.
+    ///
+    /// Ids that the vocabulary does not have add nothing.
+    ///
+    /// # Errors
+    ///
+    /// Ids that the library refuses.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TokenizerError> {
+        let text = self
+            .inner
+            .library
+            .decode(ids, skip_special)
+            .map_err(|error| self.refused("decode", &error.to_string()))?;
+        Ok(if self.inner.clean_up {
+            clean_up_spaces(text)
+        } else {
+            text
+        })
+    }
+
+    /// The text that each id adds when the ids are decoded one after the other.
+    ///
+    /// The pieces joined are the whole decoded text. An id that completes no character yet adds
+    /// an empty piece, and the id that completes it gets the whole character. Useful where every
+    /// token is shown by itself.
+    ///
+    /// # Errors
+    ///
+    /// Ids that the library refuses.
+    pub fn decode_pieces(&self, ids: &[u32]) -> Result<Vec<String>, TokenizerError> {
+        let mut stream = self.inner.library.decode_stream(false);
+        let mut pieces = Vec::with_capacity(ids.len());
+        let mut joined = 0;
+        for &id in ids {
+            let piece = stream
+                .step(id)
+                .map_err(|error| self.refused("decode", &error.to_string()))?
+                .unwrap_or_default();
+            joined += piece.len();
+            pieces.push(piece);
+        }
+        // What never became a whole character is shown at the last id.
+        let whole = self
+            .inner
+            .library
+            .decode(ids, false)
+            .map_err(|error| self.refused("decode", &error.to_string()))?;
+        if let (Some(last), Some(rest)) = (pieces.last_mut(), whole.get(joined..)) {
+            last.push_str(rest);
+        }
+        Ok(pieces)
+    }
+
+    /// The vocabulary's text of one id, as stored (`Ġthe`), or `None` where it has no such id.
+    #[must_use]
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.library.id_to_token(id)
+    }
+
+    /// The id of a token's stored text, or `None`.
+    #[must_use]
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.library.token_to_id(token)
+    }
+
+    /// One more than the largest token id, which a model's vocabulary must not fall below.
+    #[must_use]
+    pub fn vocab_size(&self) -> usize {
+        self.inner.vocab_size
+    }
+
+    /// The end-of-sequence id that ends a completion in training.
+    ///
+    /// # Errors
+    ///
+    /// A tokenizer that names none.
+    pub fn eos_id(&self) -> Result<u32, TokenizerError> {
+        self.inner
+            .eos_ids
+            .first()
+            .copied()
+            .ok_or_else(|| TokenizerError::NoEos {
+                path: self.inner.path.clone(),
+            })
+    }
+
+    /// Every id that ends a generated completion: the tokenizer's own first, then those of
+    /// `generation_config.json`. Empty where none is named.
+    #[must_use]
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.inner.eos_ids
+    }
+
+    /// The text of the end-of-sequence token.
+    ///
+    /// # Errors
+    ///
+    /// A tokenizer that names none.
+    pub fn eos_text(&self) -> Result<&str, TokenizerError> {
+        self.inner
+            .special
+            .get("eos_token")
+            .map(String::as_str)
+            .ok_or_else(|| TokenizerError::NoEos {
+                path: self.inner.path.clone(),
+            })
+    }
+
+    /// The beginning-of-sequence id, where the tokenizer names one. It need not be put before a text.
+    #[must_use]
+    pub fn bos_id(&self) -> Option<u32> {
+        self.inner.bos_id
+    }
+
+    /// The id that fills up rows: the pad token, else the end of sequence, else 0.
+    #[must_use]
+    pub fn pad_id(&self) -> u32 {
+        self.inner.pad_id.unwrap_or(0)
+    }
+
+    /// The named special tokens and their texts, such as `eos_token`, as chat templates see them.
+    #[must_use]
+    pub fn special_tokens(&self) -> &BTreeMap<String, String> {
+        &self.inner.special
+    }
+
+    /// The folder or label this tokenizer came from, for messages.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    /// The bytes of one of the tokenizer's files, such as `chat_template.jinja`, or `None`.
+    #[must_use]
+    pub fn file(&self, name: &str) -> Option<&[u8]> {
+        self.inner.files.get(Path::new(name)).map(Vec::as_slice)
+    }
+
+    /// The relative paths of the files that [`Tokenizer::save`] writes, in order.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.inner.files.keys().map(PathBuf::as_path)
+    }
+
+    /// Writes the tokenizer's files into a folder, byte for byte as they were read.
+    ///
+    /// # Errors
+    ///
+    /// A folder or file that cannot be written.
+    pub fn save(&self, folder: &Path) -> Result<(), TokenizerError> {
+        for (relative, bytes) in &self.inner.files {
+            let path = folder.join(relative);
+            let parent = path.parent().unwrap_or(folder);
+            fs::create_dir_all(parent)
+                .and_then(|()| fs::write(&path, bytes))
+                .map_err(|source| TokenizerError::Io {
+                    path: path.clone(),
+                    source,
+                })?;
+        }
+        Ok(())
+    }
+
+    fn refused(&self, action: &'static str, message: &str) -> TokenizerError {
+        TokenizerError::Refused {
+            path: self.inner.path.clone(),
+            action,
+            message: message.to_owned(),
+        }
+    }
+}
+
+fn keep_file(
+    folder: &Path,
+    relative: &Path,
+    files: &mut BTreeMap<PathBuf, Vec<u8>>,
+) -> Result<(), TokenizerError> {
+    let path = folder.join(relative);
+    match fs::read(&path) {
+        Ok(bytes) => {
+            files.insert(relative.to_path_buf(), bytes);
+            Ok(())
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(TokenizerError::Io { path, source }),
+    }
+}
+
+fn load_library(path: &Path, bytes: &[u8]) -> Result<tokenizers::Tokenizer, TokenizerError> {
+    let malformed = |message: String| TokenizerError::Malformed {
+        path: path.to_path_buf(),
+        message,
+    };
+    // The library unwraps in places while it builds a pipeline; a hostile file must not end us.
+    let mut library = catch_unwind(AssertUnwindSafe(|| {
+        tokenizers::Tokenizer::from_bytes(bytes)
+    }))
+    .map_err(|_| malformed("the tokenizers library gave up on this file".to_owned()))?
+    .map_err(|error| malformed(format!("not a tokenizer: {error}")))?;
+    library
+        .with_truncation(None)
+        .map_err(|error| malformed(error.to_string()))?;
+    library.with_padding(None);
+    Ok(library)
+}
+
+fn json_object(
+    folder: &Path,
+    name: &str,
+    bytes: Option<&Vec<u8>>,
+) -> Result<Map<String, Value>, TokenizerError> {
+    let Some(bytes) = bytes else {
+        return Ok(Map::new());
+    };
+    serde_json::from_slice(bytes).map_err(|error| TokenizerError::Malformed {
+        path: folder.join(name),
+        message: format!("expected a JSON object: {error}"),
+    })
+}
+
+/// The text of a special token: a string, an `AddedToken` object, or null for none.
+fn token_text(
+    folder: &Path,
+    file: &str,
+    name: &str,
+    value: Option<&Value>,
+) -> Result<Option<String>, TokenizerError> {
+    match value {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.clone())),
+        Some(other) => match other.get("content").and_then(Value::as_str) {
+            Some(text) => Ok(Some(text.to_owned())),
+            None => Err(TokenizerError::Malformed {
+                path: folder.join(file),
+                message: format!(
+                    "{name}: expected a string or an object with `content`, got {other}"
+                ),
+            }),
+        },
+    }
+}
+
+/// One id, a list of ids, or null for none.
+fn token_ids(
+    folder: &Path,
+    file: &str,
+    name: &str,
+    value: Option<&Value>,
+) -> Result<Vec<u32>, TokenizerError> {
+    let one = |value: &Value| {
+        value
+            .as_u64()
+            .and_then(|id| u32::try_from(id).ok())
+            .ok_or_else(|| TokenizerError::Malformed {
+                path: folder.join(file),
+                message: format!("{name}: expected a token id or a list of them, got {value}"),
+            })
+    };
+    match value {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::Array(values)) => values.iter().map(one).collect(),
+        Some(value) => Ok(vec![one(value)?]),
+    }
+}
+
+/// What transformers calls `clean_up_tokenization`.
+fn clean_up_spaces(text: String) -> String {
+    [
+        (" .", "."),
+        (" ?", "?"),
+        (" !", "!"),
+        (" ,", ","),
+        (" ' ", "'"),
+        (" n't", "n't"),
+        (" 'm", "'m"),
+        (" 's", "'s"),
+        (" 've", "'ve"),
+        (" 're", "'re"),
+    ]
+    .into_iter()
+    .fold(text, |text, (from, to)| text.replace(from, to))
+}
