@@ -11,7 +11,7 @@ const N_PAIRS: usize = 2000;
 
 fn main() -> Result<(), MemoError> {
     let task = MemoTask::new(MemoConfig::default())?;
-    for pair in task.pairs(Split::Eval, 6, 0)? {
+    for pair in task.pairs(Split::Eval, 6, 0) {
         print!("\n{}", pair.prompt);
         for (name, completion) in [("chosen", &pair.chosen), ("rejected", &pair.rejected)] {
             print!("\n  {name:8} {:5.1} ", completion.total_reward());
@@ -40,7 +40,7 @@ fn main() -> Result<(), MemoError> {
     println!("| split | prompt tokens | completion tokens | reward | sd | perfect | ceiling |");
     println!("|---|---|---|---|---|---|---|");
     for split in Split::ALL {
-        let pairs = task.pairs(split, N_PAIRS, 0)?;
+        let pairs = task.pairs(split, N_PAIRS, 0);
         let prompts: Vec<f64> = pairs
             .iter()
             .map(|pair| pair.prompt_ids.len() as f64)

@@ -50,14 +50,4 @@ pub enum MemoError {
         /// The completion's text.
         text: String,
     },
-    /// More distinct memos were asked for than were found.
-    #[error("split {split}: wanted {wanted} distinct memos, found {found}")]
-    TooMany {
-        /// The name of the split.
-        split: &'static str,
-        /// How many were wanted.
-        wanted: usize,
-        /// How many were found before giving up.
-        found: usize,
-    },
 }

@@ -41,7 +41,7 @@ pub struct TokenReward {
 }
 
 /// Where in a sentence the reader is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Stage {
     /// Nothing read.
     Start,
@@ -72,7 +72,7 @@ enum Stage {
 }
 
 /// How far a filler phrase was read, while several may still be possible.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Phrase {
     group: &'static [&'static [&'static str]],
     /// Bit `i` stands for phrase `i` of the group.
@@ -480,5 +480,224 @@ fn later_stages(stage: Stage) -> &'static [Stage] {
         Stage::Stop => &[Stage::ArriveVerb, Stage::Adjuncts],
         Stage::ArriveVerb => &FIRST[5..],
         Stage::Adjuncts | Stage::Slot(_) | Stage::Phrase(_) | Stage::End => &[],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::{MemoConfig, MemoTask};
+
+    /// Sums of a few decimal weights.
+    const EXACT: f64 = 1e-12;
+
+    fn memo() -> Memo {
+        Memo::from_values(
+            ["Maria", "Peter", "40", "apples", "Oslo", "Monday", "9:00"].map(String::from),
+        )
+    }
+
+    /// The rewards of a text with its end, as `token[reward]` where the reward is not 0.
+    fn marked(text: &str) -> String {
+        let task = MemoTask::new(MemoConfig::default()).unwrap();
+        let ids = task.encode(text);
+        assert!(
+            !ids.contains(&task.unk_id()) || text.contains("<unk>"),
+            "{text}"
+        );
+        let rewards = task.token_rewards(&memo(), &ids);
+        let mut marked = String::new();
+        for (id, token) in ids.iter().zip(rewards) {
+            marked.push_str(task.token(*id).unwrap());
+            if token.reward.abs() > EXACT {
+                marked.push_str(&format!("[{:.1}]", token.reward));
+            }
+        }
+        marked
+    }
+
+    /// The text must earn exactly the rewards that stand in it.
+    fn assert_marked(expected: &str) {
+        let mut text = String::new();
+        let mut depth = false;
+        for c in expected.chars() {
+            match c {
+                '[' => depth = true,
+                ']' => depth = false,
+                _ if !depth => text.push(c),
+                _ => {}
+            }
+        }
+        assert_eq!(marked(&text), expected);
+    }
+
+    #[test]
+    fn perfect_summaries_lose_nothing() {
+        for text in [
+            " Maria sends 40 crates of apples to Peter in Oslo on Monday at 9:00.<eos>",
+            " Maria consigns 40 crates of apples at 9:00, on Monday for Peter, in Oslo.<eos>",
+            " On Monday, Maria ships 40 crates of apples to Peter. They land in Oslo at 9:00.<eos>",
+            " In Oslo at 9:00, 40 crates of apples go from Maria to Peter this Monday.<eos>",
+            " 40 crates of apples travel to Peter in Oslo on Monday at 9:00 from Maria.<eos>",
+        ] {
+            assert_marked(text);
+        }
+    }
+
+    #[test]
+    fn a_contradiction_costs_at_its_value_and_is_not_missing_too() {
+        assert_marked(
+            " Anna[-1.0] sends 41[-1.0] crates of pears[-1.0] to Maria[-1.0] in Rome[-1.0] \
+             on Friday[-1.0] at 8:00[-1.0].<eos>",
+        );
+        assert_marked(" 4[-1.0] crates of apples go from Peter[-1.0] to Maria[-1.0].<eos>[-2.1]");
+    }
+
+    #[test]
+    fn a_value_of_another_kind_contradicts_in_its_role() {
+        assert_marked(
+            " Maria sends 40 crates of apples to Oslo[-1.0] in Peter[-1.0] on 9:00[-1.0]\
+             .<eos>[-0.7]",
+        );
+    }
+
+    #[test]
+    fn missing_facts_cost_at_the_end() {
+        assert_marked(" Crates go.<eos>[-4.9]");
+        assert_marked(" Maria sends crates to Peter.<eos>[-3.5]");
+        assert_marked(" 40 crates of apples go in Oslo on Monday at 9:00.<eos>[-1.4]");
+    }
+
+    #[test]
+    fn filler_costs_a_little_a_token() {
+        assert_marked(
+            " As[-0.1] you[-0.1] know[-0.1], Maria sends 40 crates of apples to Peter, as[-0.1] \
+             we[-0.1] said[-0.1] before[-0.1], in Oslo on Monday once[-0.1] again[-0.1] at 9:00. \
+             That[-0.1] is[-0.1] all[-0.1] we[-0.1] know[-0.1].[-0.1]<eos>",
+        );
+    }
+
+    #[test]
+    fn facts_said_again_are_filler() {
+        assert_marked(
+            " Maria sends 40 crates of apples to Peter in Oslo on Monday at 9:00 in[-0.1] \
+             Oslo[-0.1]. They[-0.1] arrive[-0.1] on[-0.1] Monday[-0.1].[-0.1]<eos>",
+        );
+        assert_marked(
+            " Maria sends 40 crates of apples to Peter on Monday at 9:00. They arrive in Oslo. \
+             They[-0.1] come[-0.1] in[-0.1] Rome[-1.0].[-0.1]<eos>",
+        );
+        // Setting a wrong value right does not undo it.
+        assert_marked(
+            " Maria sends 40 crates of apples to Peter in Rome[-1.0] in[-0.1] Oslo[-0.1] on \
+             Monday at 9:00.<eos>",
+        );
+    }
+
+    #[test]
+    fn what_does_not_fit_is_ungrammatical_and_reading_goes_on() {
+        // The verb is left out: the amount is read where it belongs.
+        assert_marked(" Maria 40[-0.2] crates of apples to Peter in Oslo on Monday at 9:00.<eos>");
+        // A contradiction that also does not fit costs the larger penalty.
+        assert_marked(" Maria 50[-1.0] crates of apples to Peter in Oslo on Monday at 9:00.<eos>");
+        // Words of prompts and the unknown token are ignored.
+        assert_marked(
+            " Maria sends goes[-0.2]<unk>[-0.2] 40 crates of apples to in[-0.2] Oslo on \
+             Monday at 9:00.<eos>[-0.7]",
+        );
+        // A filler phrase that breaks off.
+        assert_marked(
+            " Maria sends 40 crates of apples as[-0.1] you[-0.1] to[-0.2] Peter in Oslo on \
+             Monday at 9:00.<eos>",
+        );
+        assert_marked(
+            " Maria sends 40 crates of apples,,[-0.2] to Peter in Oslo on Monday at 9:00,\
+             .[-0.2]<eos>",
+        );
+    }
+
+    #[test]
+    fn an_end_before_the_full_stop_is_ungrammatical_too() {
+        assert_marked(
+            " Maria sends 40 crates of apples to Peter in Oslo on Monday at 9:00<eos>[-0.2]",
+        );
+        assert_marked("<eos>[-5.1]");
+    }
+
+    #[test]
+    fn a_text_without_an_end_pays_for_it_on_its_last_token() {
+        assert_marked(" Maria sends 40 crates of apples to Peter in Oslo on Monday[-1.7]");
+        assert_marked(" Maria sends 50[-5.5]");
+    }
+
+    #[test]
+    fn tokens_behind_the_end_earn_nothing() {
+        assert_marked(
+            " Maria sends 40 crates of apples to Peter in Oslo on Monday at 9:00.<eos> Rome<pad>",
+        );
+    }
+
+    /// All that decides what the reader does next.
+    type Key = (Stage, Stage, [bool; 7], [bool; 4]);
+
+    fn key(reader: &Reader<'_>) -> Key {
+        let flags = [
+            reader.after_comma,
+            reader.goods_are_subject,
+            reader.used_second_sentence,
+            reader.sentence_is_filler,
+        ];
+        (reader.stage, reader.back, reader.filled, flags)
+    }
+
+    /// The most tokens that can follow at no cost. Panics on a circle of free tokens.
+    fn longest_free(reader: &Reader<'_>, known: &mut HashMap<Key, Option<usize>>) -> usize {
+        if let Some(longest) = known.get(&key(reader)) {
+            return longest.expect("a circle of free tokens");
+        }
+        known.insert(key(reader), None);
+        let mut longest = 0;
+        for id in 0..reader.vocab.size() as u32 {
+            let mut next = reader.clone();
+            if next.step(id).reward >= 0.0 && !next.ended() {
+                longest = longest.max(1 + longest_free(&next, known));
+            }
+        }
+        known.insert(key(reader), Some(longest));
+        longest
+    }
+
+    #[test]
+    fn no_text_goes_on_for_free() {
+        let task = MemoTask::new(MemoConfig::default()).unwrap();
+        let mut known = HashMap::new();
+        let longest = longest_free(&task.reader(&memo()), &mut known);
+        // `40 crates of apples go`, five parts of two words, `They arrive` and two full stops are
+        // 19. Before each of the five parts a comma may stand, but not before a full stop.
+        assert_eq!(longest, 24, "{} states", known.len());
+    }
+
+    #[test]
+    fn a_memo_with_an_unknown_value_contradicts_every_statement_of_it() {
+        let task = MemoTask::new(MemoConfig::default()).unwrap();
+        let strange = Memo {
+            place: "Atlantis".to_owned(),
+            ..memo()
+        };
+        let ids = task.encode(" Maria sends 40 crates of apples in Oslo");
+        let kind = |ids: &[u32]| task.token_rewards(&strange, ids)[7].kind;
+        assert_eq!(kind(&ids[..8]), RewardKind::Truncated);
+        assert_eq!(
+            kind(&[&ids[..], &[EOS]].concat()),
+            RewardKind::Contradiction
+        );
+        assert!(
+            task.best_completion(&strange)
+                .unwrap_err()
+                .to_string()
+                .contains("Atlantis")
+        );
     }
 }

@@ -163,11 +163,7 @@ impl MemoTask {
 
     /// `n` examples with distinct memos. Fewer examples of the same split and seed are a prefix of
     /// more.
-    ///
-    /// # Errors
-    ///
-    /// [`MemoError::TooMany`] when the split does not hold as many distinct memos.
-    pub fn examples(&self, split: Split, n: usize, seed: u64) -> Result<Vec<Example>, MemoError> {
+    pub fn examples(&self, split: Split, n: usize, seed: u64) -> Vec<Example> {
         self.collect(split, n, seed, Purpose::Examples, |memo, prompt, rng| {
             let completion = self.sample(&memo, split, rng);
             let prompt_ids = self.encode(&prompt);
@@ -186,11 +182,7 @@ impl MemoTask {
     /// Both completions are drawn alike, and the first is chosen with probability
     /// `σ(label_sharpness · (R_first − R_second))`: the Bradley-Terry model (eq. 1 of
     /// <https://arxiv.org/abs/2404.12358>) on the summed true reward.
-    ///
-    /// # Errors
-    ///
-    /// [`MemoError::TooMany`] when the split does not hold as many distinct memos.
-    pub fn pairs(&self, split: Split, n: usize, seed: u64) -> Result<Vec<Pair>, MemoError> {
+    pub fn pairs(&self, split: Split, n: usize, seed: u64) -> Vec<Pair> {
         self.collect(split, n, seed, Purpose::Pairs, |memo, prompt, rng| {
             let first = self.sample(&memo, split, rng);
             let second = loop {
@@ -231,34 +223,21 @@ impl MemoTask {
         seed: u64,
         purpose: Purpose,
         mut make: impl FnMut(Memo, String, &mut ChaCha8Rng) -> T,
-    ) -> Result<Vec<T>, MemoError> {
-        /// Draws without a new memo after which the split counts as used up.
-        const MAX_VAIN_DRAWS: usize = 100_000;
-
+    ) -> Vec<T> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(2 * split as u64 + purpose as u64);
         let mut seen = HashSet::with_capacity(n);
         let mut items = Vec::with_capacity(n);
-        let mut vain = 0;
+        // There are some 40 thousand million memos, so a new one of the split is never far.
         while items.len() < n {
             let memo = self.draw_memo(&mut rng);
             if Split::of(&memo) != split || !seen.insert(memo.clone()) {
-                vain += 1;
-                if vain == MAX_VAIN_DRAWS {
-                    let (split, wanted, found) = (split.name(), n, items.len());
-                    return Err(MemoError::TooMany {
-                        split,
-                        wanted,
-                        found,
-                    });
-                }
                 continue;
             }
-            vain = 0;
             let prompt = draw_prompt(&memo, &mut rng);
             items.push(make(memo, prompt, &mut rng));
         }
-        Ok(items)
+        items
     }
 
     fn draw_memo(&self, rng: &mut impl Rng) -> Memo {
