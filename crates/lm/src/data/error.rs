@@ -73,7 +73,9 @@ pub enum DataError {
         found: String,
     },
     /// A completion has nothing to learn from.
-    #[error("{location}: column `{column}`: expected a completion, got an empty one")]
+    #[error(
+        "{location}: column `{column}`: expected a completion, got an empty one; empty_completions can also be `drop` or `keep`"
+    )]
     EmptyCompletion {
         /// The row.
         location: Location,
@@ -146,6 +148,9 @@ pub enum DataError {
         /// What the tokenizer said.
         source: TokenizerError,
     },
+    /// Every row of a file was malformed.
+    #[error("every row was dropped as malformed, first: {0}")]
+    AllMalformed(Box<DataError>),
     /// No row is left to learn from.
     #[error("all {rows} rows were dropped: {reasons}")]
     AllDropped {
@@ -154,4 +159,15 @@ pub enum DataError {
         /// Counts by reason.
         reasons: String,
     },
+}
+
+impl DataError {
+    /// Whether the error is about one row's columns, so that the rows after it can still be read.
+    #[must_use]
+    pub fn is_malformed_row(&self) -> bool {
+        matches!(
+            self,
+            Self::NotAnObject { .. } | Self::MissingColumn { .. } | Self::WrongType { .. }
+        )
+    }
 }

@@ -19,9 +19,11 @@ pub use error::DataError;
 pub use read::{Format, Location, RawRow, RowReader};
 pub use report::{DataReport, DropReason};
 pub use rows::{
-    Content, LabelledRow, PreferenceRow, SftBody, SftRow, read_labelled, read_preferences, read_sft,
+    Content, LabelledRow, PreferenceRow, SftBody, SftRow, load_rows, read_labelled,
+    read_preferences, read_sft,
 };
 pub use tokenize::{
-    Boundary, LabelledExample, PreferencePair, SftExample, TokenizeOptions, Tokenized, Treatment,
-    tokenize_labelled, tokenize_pair, tokenize_pairs, tokenize_pairs_observed, tokenize_sft,
+    Boundary, EmptyCompletions, LabelledExample, PreferencePair, SftExample, TokenizeOptions,
+    Tokenized, Treatment, tokenize_labelled, tokenize_pair, tokenize_pairs,
+    tokenize_pairs_observed, tokenize_sft,
 };

@@ -71,7 +71,8 @@ pub enum Format {
 
 /// Reads rows one at a time, so that memory does not grow with the file.
 ///
-/// The format is told by the file's first bytes, not by its name. After an error the reader ends.
+/// The format is told by the file's first bytes, not by its name. After an error the
+/// reader ends, unless it was only a row that is no object.
 #[derive(Debug)]
 pub struct RowReader {
     file: Arc<Path>,
@@ -201,7 +202,8 @@ impl Iterator for RowReader {
             return None;
         }
         let next = self.read().transpose();
-        self.done = !matches!(next, Some(Ok(_)));
+        // A row that is no object is behind us; after any other error the place is lost.
+        self.done = !matches!(next, Some(Ok(_) | Err(DataError::NotAnObject { .. })));
         next
     }
 }

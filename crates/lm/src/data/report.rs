@@ -13,6 +13,8 @@ pub enum DropReason {
     PromptTooLong,
     /// A completion is empty.
     EmptyCompletion,
+    /// A column is missing or of the wrong type.
+    Malformed,
 }
 
 impl fmt::Display for DropReason {
@@ -20,6 +22,7 @@ impl fmt::Display for DropReason {
         f.write_str(match self {
             Self::PromptTooLong => "the prompt fills max_length",
             Self::EmptyCompletion => "a completion is empty",
+            Self::Malformed => "a column is missing or of the wrong type",
         })
     }
 }

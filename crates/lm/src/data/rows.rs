@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::read::kind;
-use super::{DataError, Location, RawRow, RowReader};
+use super::{DataError, DataReport, DropReason, Location, RawRow, RowReader, Treatment};
 use crate::chat::Message;
 
 /// What a prompt or a completion holds: text, or messages for a chat template.
@@ -333,6 +333,49 @@ pub fn read_labelled(
     path: &Path,
 ) -> Result<impl Iterator<Item = Result<LabelledRow, DataError>> + use<>, DataError> {
     Ok(fused(RowReader::open(path)?, LabelledRow::from_raw))
+}
+
+/// All rows of a reader in memory, and the count of those that were dropped.
+///
+/// With [`Treatment::Drop`] rows with a missing or wrong column are left out and counted; add the
+/// report to that of tokenising. Bad JSON and unreadable files are errors all the same.
+///
+/// # Errors
+///
+/// The first bad row, or [`DataError::AllMalformed`].
+///
+/// # Examples
+///
+/// ```no_run
+/// # fn main() -> Result<(), lm::data::DataError> {
+/// use lm::data::{Treatment, load_rows, read_preferences};
+/// let (rows, dropped) = load_rows(read_preferences("pairs.jsonl".as_ref())?, Treatment::Drop)?;
+/// println!("{} rows, {} dropped", rows.len(), dropped.n_dropped());
+/// # Ok(())
+/// # }
+/// ```
+pub fn load_rows<T>(
+    reader: impl Iterator<Item = Result<T, DataError>>,
+    malformed: Treatment,
+) -> Result<(Vec<T>, DataReport), DataError> {
+    let mut rows = Vec::new();
+    let mut report = DataReport::default();
+    let mut first = None;
+    for row in reader {
+        match row {
+            Ok(row) => rows.push(row),
+            Err(error) if malformed == Treatment::Drop && error.is_malformed_row() => {
+                report.rows += 1;
+                *report.dropped.entry(DropReason::Malformed).or_default() += 1;
+                first.get_or_insert(error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    match first {
+        Some(error) if rows.is_empty() => Err(DataError::AllMalformed(Box::new(error))),
+        _ => Ok((rows, report)),
+    }
 }
 
 /// Rows through a check; a file without any row is an error too.

@@ -35,6 +35,19 @@ pub enum Treatment {
     Refuse,
 }
 
+/// What happens to a row of which a completion says nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EmptyCompletions {
+    /// It is an error that names the row.
+    #[default]
+    Refuse,
+    /// It is left out and counted.
+    Drop,
+    /// The end of sequence alone is the completion, as TRL takes it.
+    Keep,
+}
+
 /// How rows become tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenizeOptions {
@@ -49,7 +62,7 @@ pub struct TokenizeOptions {
     /// Rows whose prompt fills `max_length`. TRL drops them.
     pub long_prompts: Treatment,
     /// Rows with an empty completion.
-    pub empty_completions: Treatment,
+    pub empty_completions: EmptyCompletions,
 }
 
 impl TokenizeOptions {
@@ -62,7 +75,7 @@ impl TokenizeOptions {
             vocab_size,
             boundary: Boundary::default(),
             long_prompts: Treatment::Drop,
-            empty_completions: Treatment::Refuse,
+            empty_completions: EmptyCompletions::default(),
         }
     }
 }
@@ -327,9 +340,11 @@ impl Encoder<'_> {
         report: &mut DataReport,
     ) -> Result<Option<(Vec<u32>, [Vec<u32>; N])>, DataError> {
         report.rows += 1;
-        for (column, content) in sides {
-            if content.is_empty() {
-                return self.empty(column, report).map(|()| None);
+        if self.options.empty_completions != EmptyCompletions::Keep {
+            for (column, content) in sides {
+                if content.is_empty() {
+                    return self.empty(column, report).map(|()| None);
+                }
             }
         }
         let (prompt_ids, mut completions, merged, appended) = match prompt {
@@ -527,7 +542,7 @@ impl Encoder<'_> {
     }
 
     fn empty(&self, column: &str, report: &mut DataReport) -> Result<(), DataError> {
-        if self.options.empty_completions == Treatment::Refuse {
+        if self.options.empty_completions == EmptyCompletions::Refuse {
             return Err(DataError::EmptyCompletion {
                 location: self.location.clone(),
                 column: column.to_owned(),
