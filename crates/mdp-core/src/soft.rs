@@ -146,10 +146,36 @@ impl SoftSolution {
     /// Action values in the KL form, `Q = r + V(s')`.
     #[must_use]
     pub fn kl_form(&self) -> KlForm {
-        let values = (0..self.mdp.tree().n_pairs())
-            .map(|pair| self.mdp.rewards()[pair] + self.next_soft_value(pair))
-            .collect();
+        let mut values = vec![0.0; self.mdp.tree().n_pairs()];
+        self.for_each_row(&mut values, |_, _| ());
         KlForm(ActionValues::new(&self.mdp, self.beta, values))
+    }
+
+    /// Fills a table over pairs with `r + V(s')`, then hands each row to `finish`.
+    fn for_each_row(&self, table: &mut [f64], finish: impl Fn(usize, &mut [f64]) + Sync) {
+        let tree = self.mdp.tree();
+        let eos = tree.eos() as usize;
+        let rows = (TASK_PAIRS / tree.vocab()).max(1);
+        table
+            .par_chunks_mut(rows * tree.vocab())
+            .enumerate()
+            .for_each(|(task, chunk)| {
+                let first = task * rows;
+                for (i, row) in chunk.chunks_exact_mut(tree.vocab()).enumerate() {
+                    let state = first + i;
+                    row.copy_from_slice(&self.mdp.rewards()[tree.row(state)]);
+                    let next = &self.soft_values[tree.children(state)];
+                    // At the horizon there are no children, and both loops are empty.
+                    let (before, after) = next.split_at(eos.min(next.len()));
+                    for (q, v) in row.iter_mut().zip(before) {
+                        *q += v;
+                    }
+                    for (q, v) in row[eos + 1..].iter_mut().zip(after) {
+                        *q += v;
+                    }
+                    finish(state, row);
+                }
+            });
     }
 
     /// Action values in the MaxEnt form, `Q = r + β log π_ref + V(s')`.
@@ -165,19 +191,18 @@ impl SoftSolution {
     pub fn optimal_policy(&self) -> TabularPolicy {
         let tree = self.mdp.tree();
         let per_beta = 1.0 / self.beta.get();
-        let reference = self.mdp.reference().logps();
-        let rewards = self.mdp.rewards();
-        let mut logps = Vec::with_capacity(tree.n_pairs());
-        for (state, &value) in self.soft_values.iter().enumerate() {
+        let mut logps = vec![0.0; tree.n_pairs()];
+        self.for_each_row(&mut logps, |state, row| {
+            let reference = self.mdp.reference().row(state);
             if self.mdp.is_environment(state) {
-                logps.extend_from_slice(self.mdp.reference().row(state));
-                continue;
+                row.copy_from_slice(reference);
+                return;
             }
-            logps.extend(tree.row(state).map(|pair| {
-                let advantage = rewards[pair] + self.next_soft_value(pair) - value;
-                reference[pair] + advantage * per_beta
-            }));
-        }
+            let value = self.soft_values[state];
+            for (q, logp) in row.iter_mut().zip(reference) {
+                *q = logp + (*q - value) * per_beta;
+            }
+        });
         TabularPolicy::from_checked(tree.clone(), logps)
     }
 }

@@ -215,6 +215,18 @@ impl Tree {
         (child < self.n_states()).then_some(child)
     }
 
+    /// The states that the tokens of `state` other than EOS lead to, in order of token; empty if all
+    /// of its tokens end the completion.
+    #[must_use]
+    pub fn children(&self, state: usize) -> Range<usize> {
+        let first = state * (self.vocab - 1) + 1;
+        if first < self.n_states() {
+            first..first + self.vocab - 1
+        } else {
+            self.n_states()..self.n_states()
+        }
+    }
+
     /// The pair that leads to `state`, or `None` at the prompt.
     #[must_use]
     pub fn parent(&self, state: usize) -> Option<usize> {
