@@ -174,14 +174,17 @@ fn completion(label: &str, text: &str, wrong: &[(&str, f64)]) -> SampleCompletio
     for (i, text) in text.split_inclusive(' ').enumerate() {
         let worth = wrong.iter().find(|w| text.contains(w.0.trim()));
         let true_reward = worth.map_or(if i % 4 == 1 { 0.5 } else { 0.0 }, |w| w.1);
-        let noise = ((i as f64 * 7.77).sin() * 999.0).fract() * 0.12;
+        let noise = ((i as f64 * 7.77).sin() * 999.0).fract();
+        // Both at most 0, and their difference noisily follows the true reward.
+        let logratio = 7.0 * true_reward + noise;
+        let policy_logp = -0.4 + logratio.min(0.0);
         tokens.push(Token {
             text: text.into(),
             id: 100 + i as u32,
-            implicit_reward: Some(0.7 * true_reward + noise),
+            implicit_reward: Some(0.1 * logratio),
             true_reward: Some(true_reward),
-            policy_logp: Some(-0.8 + noise),
-            reference_logp: Some(-0.8 - 7.0 * true_reward),
+            policy_logp: Some(policy_logp),
+            reference_logp: Some(policy_logp - logratio),
             kind: worth.map(|_| "contradiction".into()),
         });
     }

@@ -76,7 +76,7 @@ pub fn whisker_svg(metric: &str, rows: &[&OutcomeRow], policies: &[&str]) -> Str
 
     if let Some((low, high)) = range {
         let mut free_from = f64::NEG_INFINITY;
-        for (value, label) in ticks(low, high, 5) {
+        for (value, label) in ticks(low, high, 6) {
             let x = place(value);
             body += &line(x, top, x, bottom, "grid");
             let half = text_width(&label, 12.0) / 2.0;

@@ -74,9 +74,10 @@
       cross.setAttribute("x1", best.x); cross.setAttribute("x2", best.x); svg.append(cross);
       // A place in the picture is known to a tenth of a unit, and x to no more digits than that.
       const step = (x1 - x0) / width, digit = 10 ** Math.ceil(Math.log10(step / 10));
-      const rows = [[svg.dataset.x, number(Math.round((x0 + (best.x - left) * step) / digit) * digit)]];
-      for (const [name, p] of near)
-        if (p && Math.abs(p.x - best.x) < 8) rows.push([name, number(y1 - (p.y - top) / height * (y1 - y0))]);
+      const at = p => number(Math.round((x0 + (p.x - left) * step) / digit) * digit);
+      const rows = [[svg.dataset.x, at(best)]];
+      for (const [name, p] of near) if (p)
+        rows.push([name + (Math.abs(p.x - best.x) < 4 ? "" : " (at " + at(p) + ")"), number(y1 - (p.y - top) / height * (y1 - y0))]);
       show(rows, { left: e.clientX + 14, top: e.clientY - 6, bottom: e.clientY + 10 });
     });
     svg.addEventListener("pointerleave", () => { cross.remove(); hide(); });
