@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rayon::prelude::*;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// The files of a tokenizer that [`Tokenizer::save`] carries along, as they were.
 const KEPT_FILES: [&str; 12] = [
@@ -90,6 +90,18 @@ pub enum TokenizerError {
     },
 }
 
+/// Which normaliser, pre-tokenizer and decoder a tokenizer uses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Pipeline {
+    /// What transformers 5 uses: for `GPT2Tokenizer`, `LlamaTokenizer`, `Qwen2Tokenizer` and
+    /// `GPTNeoXTokenizer` it takes only vocabulary, merges, added tokens and post-processor from
+    /// `tokenizer.json` and the rest from the class; for every other class the file.
+    #[default]
+    Transformers,
+    /// What `tokenizer.json` describes, as transformers 4 and other programs read it.
+    File,
+}
+
 /// A tokenizer with its special tokens; cheap to clone, and shared freely between threads.
 ///
 /// # Examples
@@ -116,8 +128,8 @@ struct Inner {
     eos_ids: Vec<u32>,
     bos_id: Option<u32>,
     pad_id: Option<u32>,
-    /// `Some((bos, eos))` where the configuration says in words what is put around a text.
-    around: Option<(Vec<u32>, Vec<u32>)>,
+    /// The class whose pipeline replaced another one in the file.
+    replaced: Option<&'static str>,
     vocab_size: usize,
     clean_up: bool,
 }
@@ -130,14 +142,21 @@ impl Tokenizer {
     /// `config.json` counts. What `tokenizer.json` says about truncation and padding is ignored, as
     /// it is by `tokenizer(text)` in transformers.
     ///
-    /// The pipeline is the one `tokenizer.json` describes. transformers 5 rebuilds it from the
-    /// vocabulary for a few `tokenizer_class`es (such as `LlamaTokenizer`), which may differ from
-    /// the file.
+    /// The pipeline is [`Pipeline::Transformers`].
     ///
     /// # Errors
     ///
     /// A file that is missing, unreadable or malformed, or an `eos_token` that the vocabulary lacks.
     pub fn from_folder(folder: &Path) -> Result<Self, TokenizerError> {
+        Self::from_folder_with(folder, Pipeline::default())
+    }
+
+    /// [`Tokenizer::from_folder`] with a choice of the pipeline.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tokenizer::from_folder`].
+    pub fn from_folder_with(folder: &Path, pipeline: Pipeline) -> Result<Self, TokenizerError> {
         let mut files = BTreeMap::new();
         for name in KEPT_FILES {
             keep_file(folder, Path::new(name), &mut files)?;
@@ -168,7 +187,7 @@ impl Tokenizer {
         // The model's own configuration is not the tokenizer's to keep, but may know the eos.
         let mut model_files = BTreeMap::new();
         keep_file(folder, Path::new("config.json"), &mut model_files)?;
-        Self::build(folder.to_path_buf(), files, &model_files)
+        Self::build(folder.to_path_buf(), files, &model_files, pipeline)
     }
 
     /// A tokenizer made in memory: the text of `tokenizer.json` and of `tokenizer_config.json`.
@@ -189,21 +208,21 @@ impl Tokenizer {
         ]
         .map(|(name, text)| (PathBuf::from(name), text.as_bytes().to_vec()))
         .into();
-        Self::build(PathBuf::from(label), files, &BTreeMap::new())
+        Self::build(
+            PathBuf::from(label),
+            files,
+            &BTreeMap::new(),
+            Pipeline::default(),
+        )
     }
 
     fn build(
         path: PathBuf,
         files: BTreeMap<PathBuf, Vec<u8>>,
         model_files: &BTreeMap<PathBuf, Vec<u8>>,
+        pipeline: Pipeline,
     ) -> Result<Self, TokenizerError> {
         let object = |name: &str| json_object(&path, name, files.get(Path::new(name)));
-        let library = load_library(
-            &path.join("tokenizer.json"),
-            files
-                .get(Path::new("tokenizer.json"))
-                .map_or(&[][..], Vec::as_slice),
-        )?;
         let config = object("tokenizer_config.json")?;
         let map = object("special_tokens_map.json")?;
         let generation = object("generation_config.json")?;
@@ -213,11 +232,29 @@ impl Tokenizer {
             model_files.get(Path::new("config.json")),
         )?;
 
+        let bytes = files
+            .get(Path::new("tokenizer.json"))
+            .map_or(&[][..], Vec::as_slice);
+        let (rebuilt, replaced) = match pipeline {
+            Pipeline::Transformers => rebuild(bytes, &config, &model),
+            Pipeline::File => (None, None),
+        };
+        let library = load_library(
+            &path.join("tokenizer.json"),
+            rebuilt.as_deref().unwrap_or(bytes),
+        )?;
+
         let mut special = BTreeMap::new();
+        // Folders of the older style have the token's own file win over the configuration.
+        let older = !config.contains_key("added_tokens_decoder");
         for name in NAMED_TOKENS {
-            let text = token_text(&path, "tokenizer_config.json", name, config.get(name))?.or(
-                token_text(&path, "special_tokens_map.json", name, map.get(name))?,
-            );
+            let first = token_text(&path, "tokenizer_config.json", name, config.get(name))?;
+            let second = token_text(&path, "special_tokens_map.json", name, map.get(name))?;
+            let text = if older {
+                second.or(first)
+            } else {
+                first.or(second)
+            };
             if let Some(text) = text {
                 special.insert(name.to_owned(), text);
             }
@@ -273,21 +310,6 @@ impl Tokenizer {
             .get("bos_token")
             .and_then(|t| library.token_to_id(t));
 
-        // transformers rebuilds the post-processor where the configuration states either flag.
-        let flag = |name: &str| config.get(name).and_then(Value::as_bool);
-        let around = match (flag("add_bos_token"), flag("add_eos_token")) {
-            (None, None) => None,
-            (bos, eos) => Some((
-                bos_id.filter(|_| bos == Some(true)).into_iter().collect(),
-                eos_ids
-                    .first()
-                    .copied()
-                    .filter(|_| eos == Some(true))
-                    .into_iter()
-                    .collect(),
-            )),
-        };
-
         let vocab_size = library
             .get_vocab(true)
             .values()
@@ -311,7 +333,7 @@ impl Tokenizer {
                 eos_ids,
                 bos_id,
                 pad_id,
-                around,
+                replaced,
                 vocab_size,
                 clean_up,
             }),
@@ -327,15 +349,7 @@ impl Tokenizer {
     ///
     /// A text that the library refuses.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        match &self.inner.around {
-            None => self.run_encoder(text, true),
-            Some((before, after)) => {
-                let mut ids = before.clone();
-                ids.extend(self.run_encoder(text, false)?);
-                ids.extend(after);
-                Ok(ids)
-            }
-        }
+        self.run_encoder(text, true)
     }
 
     /// Token ids of a text with nothing put around it, as chat templates need.
@@ -492,6 +506,13 @@ impl Tokenizer {
         &self.inner.special
     }
 
+    /// The `tokenizer_class` because of which another pipeline is used than `tokenizer.json`
+    /// describes (see [`Pipeline::Transformers`]), or `None` where they are the same.
+    #[must_use]
+    pub fn replaced_by_class(&self) -> Option<&'static str> {
+        self.inner.replaced
+    }
+
     /// The folder or label this tokenizer came from, for messages.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -569,6 +590,162 @@ fn load_library(path: &Path, bytes: &[u8]) -> Result<tokenizers::Tokenizer, Toke
         .map_err(|error| malformed(error.to_string()))?;
     library.with_padding(None);
     Ok(library)
+}
+
+/// How GPT-2's successor in Qwen2 splits a text before the merges.
+const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// The `tokenizer.json` that transformers 5 works with, and the class if its pipeline differs from
+/// the file's. `None` where it uses the file as it is.
+fn rebuild(
+    bytes: &[u8],
+    config: &Map<String, Value>,
+    model_config: &Map<String, Value>,
+) -> (Option<Vec<u8>>, Option<&'static str>) {
+    // A file that is not JSON is reported by the library.
+    let Ok(Value::Object(mut file)) = serde_json::from_slice::<Value>(bytes) else {
+        return (None, None);
+    };
+    let Some(class) = rebuilding_class(&file, config, model_config) else {
+        return (None, None);
+    };
+    let space = config.get("add_prefix_space").and_then(Value::as_bool);
+    let byte_level = |use_regex: bool| {
+        json!({
+            "type": "ByteLevel", "add_prefix_space": space.unwrap_or(false),
+            "trim_offsets": true, "use_regex": use_regex,
+        })
+    };
+    let (normalizer, pre_tokenizer) = match class {
+        "GPT2Tokenizer" => (Value::Null, byte_level(true)),
+        "GPTNeoXTokenizer" => (json!({"type": "NFC"}), byte_level(true)),
+        "Qwen2Tokenizer" => (
+            json!({"type": "NFC"}),
+            json!({"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": false},
+                byte_level(false),
+            ]}),
+        ),
+        _ => {
+            let legacy = config.get("legacy").and_then(Value::as_bool) == Some(true);
+            let scheme = match (space.unwrap_or(true), legacy) {
+                (false, _) => "never",
+                (true, true) => "always",
+                (true, false) => "first",
+            };
+            (
+                Value::Null,
+                json!({"type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": scheme, "split": false}),
+            )
+        }
+    };
+    let llama = class == "LlamaTokenizer";
+    let decoder = if llama {
+        let mut steps = vec![
+            json!({"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "}),
+            json!({"type": "ByteFallback"}),
+            json!({"type": "Fuse"}),
+        ];
+        if space.unwrap_or(true) {
+            steps.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+        }
+        json!({"type": "Sequence", "decoders": steps})
+    } else {
+        byte_level(true)
+    };
+    let same = file.get("normalizer").unwrap_or(&Value::Null) == &normalizer
+        && file.get("pre_tokenizer").unwrap_or(&Value::Null) == &pre_tokenizer;
+    file.insert("normalizer".to_owned(), normalizer);
+    file.insert("pre_tokenizer".to_owned(), pre_tokenizer);
+    file.insert("decoder".to_owned(), decoder);
+    if class == "GPTNeoXTokenizer" {
+        file.insert("post_processor".to_owned(), Value::Null);
+    }
+    if let Some(Value::Object(model)) = file.get_mut("model") {
+        for name in [
+            "dropout",
+            "unk_token",
+            "continuing_subword_prefix",
+            "end_of_word_suffix",
+        ] {
+            model.insert(name.to_owned(), Value::Null);
+        }
+        for (name, value) in [
+            ("fuse_unk", llama),
+            ("byte_fallback", llama),
+            ("ignore_merges", false),
+        ] {
+            model.insert(name.to_owned(), Value::Bool(value));
+        }
+    }
+    if let Some(Value::Object(decoder)) = config.get("added_tokens_decoder") {
+        let mut tokens: Vec<(u64, Value)> = decoder
+            .iter()
+            .filter_map(|(id, token)| {
+                let id: u64 = id.parse().ok()?;
+                let mut token = token.as_object()?.clone();
+                token.shift_remove("__type");
+                token.insert("id".to_owned(), id.into());
+                Some((id, Value::Object(token)))
+            })
+            .collect();
+        tokens.sort_by_key(|&(id, _)| id);
+        let tokens = tokens.into_iter().map(|(_, token)| token).collect();
+        file.insert("added_tokens".to_owned(), Value::Array(tokens));
+    }
+    (
+        serde_json::to_vec(&file).ok(),
+        if same { None } else { Some(class) },
+    )
+}
+
+/// The class by whose rules transformers 5 rebuilds a tokenizer, or `None` for the file's own.
+fn rebuilding_class(
+    file: &Map<String, Value>,
+    config: &Map<String, Value>,
+    model_config: &Map<String, Value>,
+) -> Option<&'static str> {
+    let model = file.get("model")?;
+    if model.get("type")?.as_str()? != "BPE" || !model.get("vocab")?.is_object() {
+        return None;
+    }
+    let text = |map: &Map<String, Value>, key: &str| {
+        map.get(key).and_then(Value::as_str).map(str::to_owned)
+    };
+    let declared = text(config, "tokenizer_class")
+        .or_else(|| text(model_config, "tokenizer_class"))
+        .map(|class| class.trim_end_matches("Fast").to_owned());
+    let model_type = text(model_config, "model_type").unwrap_or_default();
+    let usual = match model_type.as_str() {
+        "qwen2" | "qwen3" => Some("Qwen2Tokenizer"),
+        "gpt2" => Some("GPT2Tokenizer"),
+        "gpt_neox" => Some("GPTNeoXTokenizer"),
+        _ => None,
+    };
+    // Checkpoints of these types carry wrong classes too often, so transformers looks past them.
+    let class = match (declared, usual) {
+        (Some(_), Some(usual)) if model_type == "qwen2" => usual.to_owned(),
+        (Some(_), None) if model_type == "mistral" => return None,
+        (Some(declared), _) => declared,
+        (None, usual) => usual?.to_owned(),
+    };
+    if class == "LlamaTokenizer" {
+        let holds_byte_level = |key: &str| {
+            file.get(key)
+                .is_some_and(|part| part.to_string().contains("\"ByteLevel\""))
+        };
+        if holds_byte_level("pre_tokenizer") || holds_byte_level("decoder") {
+            return None;
+        }
+    }
+    [
+        "GPT2Tokenizer",
+        "LlamaTokenizer",
+        "Qwen2Tokenizer",
+        "GPTNeoXTokenizer",
+    ]
+    .into_iter()
+    .find(|&known| known == class)
 }
 
 fn json_object(
