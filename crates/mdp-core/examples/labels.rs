@@ -90,8 +90,11 @@ fn draw(path: &str, points: &[(f64, f64)], slope: f64) -> Result<(), Box<dyn Err
     chart
         .configure_mesh()
         .x_desc("sampled labels")
+        .y_labels(4)
         .y_desc("error of the advantage, reward units")
         .x_label_formatter(&|x| format!("{x:.0}"))
+        .y_label_formatter(&|y| format!("{y:.2}"))
+        .label_style(("sans-serif", 15))
         .light_line_style(TRANSPARENT)
         .draw()?;
     let blue = RGBColor(0, 114, 178);
