@@ -14,7 +14,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -157,6 +157,45 @@ def make_tokenizer():
     return tokenizer
 
 
+TEXTS = ["the den is red", " the  den", "line one \n2 and  3\n\n 45", "it's Ann, who'd say", "a</s> b <s>c", "caf\u00e9 \u2603 tail ", "", "x\ty", "e\u0301"]
+
+
+def class_cases(byte_level):
+    """Tokenizers that transformers rebuilds from their class, with a file that says otherwise."""
+    metaspace = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    metaspace.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    metaspace.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    texts = [t for t in TEXTS if t.isascii()] + ["the den", "who is in"]
+    metaspace.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    metaspace.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    bytes_ = Tokenizer.from_str(byte_level.to_str())
+    bytes_.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    cases = []
+    for tokenizer, config in [
+        (bytes_, {"tokenizer_class": "GPT2Tokenizer", **special}),
+        (bytes_, {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True, **special}),
+        (bytes_, {"tokenizer_class": "Qwen2Tokenizer", **special, "pad_token": "<pad>"}),
+        (bytes_, {"tokenizer_class": "GPTNeoXTokenizerFast", "add_bos_token": True, **special, "pad_token": "<pad>"}),
+        (bytes_, {"tokenizer_class": "LlamaTokenizer", **special}),
+        (bytes_, {"tokenizer_class": "PreTrainedTokenizerFast", **special}),
+        (metaspace, {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": False, **special}),
+        (metaspace, {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, **special}),
+        (metaspace, {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False, **special}),
+        (metaspace, {"tokenizer_class": "PreTrainedTokenizerFast", **special}),
+    ]:
+        with tempfile.TemporaryDirectory() as tmp:
+            tokenizer.save(os.path.join(tmp, "tokenizer.json"))
+            with open(os.path.join(tmp, "tokenizer_config.json"), "w") as f:
+                json.dump(config, f)
+            loaded = AutoTokenizer.from_pretrained(tmp)
+        ids = [loaded(t)["input_ids"] for t in TEXTS]
+        assert len(loaded) == tokenizer.get_vocab_size(), config
+        cases.append({"tokenizer": "metaspace" if tokenizer is metaspace else "byte_level", "config": config, "ids": ids,
+                      "decoded": [loaded.decode(i) for i in ids], "decoded_plain": [loaded.decode(i, skip_special_tokens=True) for i in ids]})
+    return {"texts": TEXTS, "tokenizers": {"metaspace": json.loads(metaspace.to_str()), "byte_level": json.loads(bytes_.to_str())}, "cases": cases}
+
+
 def main():
     torch.set_num_threads(1)
     os.makedirs(OUT, exist_ok=True)
@@ -178,6 +217,7 @@ def main():
         cases.append(case)
         print(name, repr(case.get("text", case.get("error")))[:150])
     golden = {"versions": {"transformers": transformers.__version__, "trl": trl.__version__}, "cases": cases, "preferences": {}, "sft": {}}
+    golden["classes"] = class_cases(Tokenizer.from_file(os.path.join(OUT, "tokenizer.json")))
     tokenizer.chat_template = DEFAULT
     for kind, rows in PREFERENCES.items():
         with tempfile.TemporaryDirectory() as tmp:
@@ -192,7 +232,7 @@ def main():
             ids = [{k: list(row[k]) for k in ("input_ids", "labels")} for row in trainer.train_dataset]
         golden["sft"][kind] = [{"row": row, "tokens": t} for row, t in zip(rows, ids)]
     with open(os.path.join(OUT, "golden.json"), "w") as f:
-        json.dump(golden, f, indent=1)
+        json.dump(golden, f)
 
 
 main()

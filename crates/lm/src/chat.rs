@@ -1,8 +1,9 @@
 //! Chat templates, rendered as transformers renders them.
 //!
 //! A [`ChatTemplate`] is a Jinja template that comes with a model and turns messages into the text
-//! the model was trained on. It is someone else's program, so it runs with bounded instructions and
-//! recursion, sees plain data only, and every failure is a [`ChatError`] that names the template.
+//! the model was trained on. It is someone else's program, so it runs with bounded instructions,
+//! recursion and output, sees plain data only, and every failure is a [`ChatError`] that names the
+//! template. Not bounded is the memory of a string that a template doubles on purpose.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

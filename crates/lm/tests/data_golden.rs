@@ -214,6 +214,36 @@ fn conversations_render_and_tokenise_as_in_transformers() {
 }
 
 #[test]
+fn tokenizers_that_transformers_rebuilds_give_its_ids_and_texts() {
+    let (_, _, golden) = chat_fixture();
+    let texts = golden["classes"]["texts"].as_array().unwrap();
+    let mut replaced = 0;
+    for case in golden["classes"]["cases"].as_array().unwrap() {
+        let file = &golden["classes"]["tokenizers"][case["tokenizer"].as_str().unwrap()];
+        let config = case["config"].to_string();
+        let tokenizer = Tokenizer::from_json("case", &file.to_string(), &config).unwrap();
+        replaced += usize::from(tokenizer.replaced_by_class().is_some());
+        for (i, text) in texts.iter().enumerate() {
+            let found = tokenizer.encode(text.as_str().unwrap()).unwrap();
+            assert_eq!(found, ids(&case["ids"][i]), "{text} {config}");
+            let shown = tokenizer.decode(&found, false).unwrap();
+            assert_eq!(shown, case["decoded"][i].as_str().unwrap(), "{config}");
+            assert_eq!(tokenizer.decode_pieces(&found).unwrap().concat(), shown);
+            let plain = tokenizer.decode(&found, true).unwrap();
+            assert_eq!(
+                plain,
+                case["decoded_plain"][i].as_str().unwrap(),
+                "{config}"
+            );
+        }
+    }
+    assert_eq!(
+        replaced, 7,
+        "all but the two generic ones and byte-level Llama"
+    );
+}
+
+#[test]
 fn conversational_and_implicit_pairs_have_the_tokens_that_trl_gives_them() {
     let (tokenizer, template, golden) = chat_fixture();
     let options = TokenizeOptions::new(tokenizer.vocab_size());
