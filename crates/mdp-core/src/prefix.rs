@@ -87,7 +87,10 @@ impl<R: Fn(&[u32], u32) -> f64> PrefixMdp<R> {
     ///
     /// [`MdpError::TreeTooLarge`] past [`DEFAULT_MAX_PAIRS`](crate::DEFAULT_MAX_PAIRS), those of
     /// [`TabularPolicy::tabulate`] and [`TabularMdp::new`].
-    pub fn tabulate(&self, reference: &impl TokenPolicy) -> Result<TabularMdp, MdpError> {
+    pub fn tabulate(
+        &self,
+        reference: &(impl TokenPolicy + ?Sized),
+    ) -> Result<TabularMdp, MdpError> {
         let tree = Tree::new(self.vocab, self.horizon, self.eos)?.with_prompt(&self.prompt[..]);
         let reference = TabularPolicy::tabulate(tree.clone(), reference)?;
         let mut rewards = reserve(tree.n_pairs())?;

@@ -90,7 +90,7 @@ impl TabularPolicy {
     /// Those of the policy; [`MdpError::Vocabulary`] if its vocabulary is not the tree's;
     /// [`MdpError::Logp`] or [`MdpError::RowSum`] if a row is further than
     /// [`MODEL_ROW_SUM_TOLERANCE`] from a distribution.
-    pub fn tabulate(tree: Tree, policy: &impl TokenPolicy) -> Result<Self, MdpError> {
+    pub fn tabulate(tree: Tree, policy: &(impl TokenPolicy + ?Sized)) -> Result<Self, MdpError> {
         /// Prefixes per call: enough to fill a batch, few enough to hold.
         const BATCH: usize = 256;
         if policy.vocab() != tree.vocab() {
