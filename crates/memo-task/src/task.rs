@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use mdp_core::bradley_terry;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -211,8 +212,10 @@ impl MemoTask {
 
     /// The probability that the first of two completions is preferred.
     pub fn p_preferred(&self, first: &Completion, second: &Completion) -> f64 {
-        let margin = first.total_reward() - second.total_reward();
-        1.0 / (1.0 + (-self.config.label_sharpness * margin).exp())
+        // Sharpness scales both rewards, so that the label model itself has no parameter.
+        let sharp =
+            |completion: &Completion| self.config.label_sharpness * completion.total_reward();
+        bradley_terry(sharp(first), sharp(second))
     }
 
     /// `n` items of distinct memos of a split.
