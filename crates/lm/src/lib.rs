@@ -44,6 +44,7 @@
 //! # }
 //! ```
 
+mod batch;
 pub mod chat;
 mod config;
 pub mod data;
@@ -56,6 +57,7 @@ mod sample;
 pub mod tokenizer;
 pub mod weights;
 
+pub use batch::{CompletionBatch, Scored};
 pub use config::{Family, LlamaShape, MlpKind, ModelConfig, NormKind, Rope};
 pub use decode::{Decoding, Generate, Generated, KvCache};
 pub use error::LmError;

@@ -1,2 +1,184 @@
-//! The r2q program.
-fn main() {}
+//! The r2q program: `cargo xtask train` hands over to it.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use trainer::{DataRecipe, Recipe, RunOptions, train};
+
+#[derive(Debug, Parser)]
+#[command(name = "r2q", bin_name = "cargo xtask", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a policy from preferences.
+    ///
+    /// With no arguments: the embedded memo task, from a fresh model through supervised
+    /// fine-tuning and DPO to a report. With --model and --data: a preference stage on a Hugging
+    /// Face folder and a preference file.
+    Train(TrainArgs),
+}
+
+#[derive(Debug, Args)]
+struct TrainArgs {
+    /// A recipe file (TOML); the other flags override it.
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+    /// A Hugging Face folder to begin with.
+    #[arg(long, value_name = "DIR", requires = "data")]
+    model: Option<PathBuf>,
+    /// Preference pairs: JSON lines, a JSON array, or Parquet.
+    #[arg(long, value_name = "FILE", requires = "model", conflicts_with = "recipe")]
+    data: Option<PathBuf>,
+    /// Held-out preference pairs.
+    #[arg(long, value_name = "FILE", requires = "data")]
+    eval_data: Option<PathBuf>,
+    /// Folder of the run [default: runs/<name>, or the next free number].
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Go on with an interrupted run.
+    #[arg(long)]
+    resume: bool,
+    /// Seed of weights, data and order.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Strength of the KL penalty, in reward units per nat.
+    #[arg(long)]
+    beta: Option<f64>,
+    /// Learning rate of the preference stage.
+    #[arg(long)]
+    learning_rate: Option<f64>,
+    /// Pairs in a micro-batch of the preference stage.
+    #[arg(long)]
+    batch_size: Option<usize>,
+    /// Passes over the pairs.
+    #[arg(long)]
+    epochs: Option<f64>,
+    /// The most steps of the preference stage.
+    #[arg(long)]
+    max_steps: Option<usize>,
+    /// Prompt and completion together are cut to this many tokens.
+    #[arg(long, requires = "data")]
+    max_length: Option<usize>,
+    /// Encode prompt and completion apart, for tokenizers that merge across spaces.
+    #[arg(long, requires = "data")]
+    encode_apart: bool,
+    /// Where to compute: cpu, wgpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env()
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Train(args) => run_train(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_train(args: &TrainArgs) -> anyhow::Result<()> {
+    let recipe = recipe(args)?;
+    let command: Vec<String> = std::env::args().skip(1).collect();
+    let options = RunOptions {
+        out: args.out.clone(),
+        device: args.device.clone(),
+        resume: args.resume,
+        command: format!("cargo xtask {}", command.join(" ")),
+    };
+    let finished = train(&recipe, &options)?;
+    let number = |path: &[&str]| {
+        let mut value = finished.summary.get(path[0])?;
+        for key in &path[1..] {
+            value = value.get(key)?;
+        }
+        value.as_f64()
+    };
+    let interval = |name: &[&str]| {
+        let at = |leaf: &'static str| number(&[name, &[leaf]].concat());
+        Some((at("mean")?, at("ci_low")?, at("ci_high")?))
+    };
+    eprintln!();
+    for (label, name) in [
+        ("true reward, SFT", &["true_reward", "sft"][..]),
+        ("true reward, DPO", &["true_reward", "dpo"]),
+        ("difference", &["true_reward", "difference"]),
+        ("win rate", &["win_rate_vs_sft"]),
+    ] {
+        if let Some((mean, low, high)) = interval(name) {
+            eprintln!("{label:22} {mean:8.3}  95% interval [{low:.3}, {high:.3}]");
+        }
+    }
+    if let Some(accuracy) = number(&["eval_reward_accuracy"]) {
+        let ceiling = number(&["eval_reward_accuracy_ceiling"])
+            .map(|ceiling| format!("  label noise allows {ceiling:.3}"))
+            .unwrap_or_default();
+        eprintln!("{:22} {accuracy:8.3}{ceiling}", "eval reward accuracy");
+    }
+    eprintln!("report: {}", finished.folder.join("report.html").display());
+    eprintln!("model:  {}", finished.folder.join("model").display());
+    Ok(())
+}
+
+/// The recipe that the flags name, with what they override.
+fn recipe(args: &TrainArgs) -> anyhow::Result<Recipe> {
+    let mut recipe = match (&args.recipe, &args.model, &args.data) {
+        (Some(path), _, _) => Recipe::read(path)?,
+        (None, Some(model), Some(data)) => {
+            let name = model
+                .file_name()
+                .map(|name| name.to_string_lossy().into_owned())
+                .context("--model names no folder")?;
+            let data = DataRecipe {
+                train: data.clone(),
+                eval: args.eval_data.clone(),
+                max_length: args.max_length.unwrap_or(1024),
+                boundary: if args.encode_apart {
+                    lm::data::Boundary::Apart
+                } else {
+                    lm::data::Boundary::Joined
+                },
+            };
+            Recipe::files(&name, model.clone(), data)
+        }
+        _ => Recipe::memo(),
+    };
+    let preference = &mut recipe.preference;
+    if let Some(seed) = args.seed {
+        recipe.seed = seed;
+    }
+    if let Some(beta) = args.beta {
+        preference.beta = dpo_loss::Beta::new(beta).context("--beta")?;
+    }
+    if let Some(learning_rate) = args.learning_rate {
+        preference.optimizer.learning_rate = learning_rate;
+    }
+    if let Some(batch_size) = args.batch_size {
+        preference.batch_size = batch_size;
+    }
+    if let Some(epochs) = args.epochs {
+        preference.epochs = epochs;
+    }
+    if let Some(max_steps) = args.max_steps {
+        preference.max_steps = max_steps;
+    }
+    recipe.check("command line")?;
+    Ok(recipe)
+}

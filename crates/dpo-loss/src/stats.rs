@@ -1,0 +1,54 @@
+use burn::tensor::{Int, Tensor};
+
+use crate::logps::shifted_log_total;
+
+/// What is logged of the distributions at completion tokens; no gradient passes.
+#[derive(Clone, Debug)]
+pub struct TokenStats {
+    /// Entropy of the next token, `[rows]`, nats.
+    pub entropy: Tensor<1>,
+    /// Mean logit over the vocabulary, `[rows]`.
+    pub mean_logit: Tensor<1>,
+    /// One where the target is the most likely token, `[rows]`; of equals, the lowest id is it.
+    pub top1: Tensor<1>,
+}
+
+/// Entropy, mean logit and top-1 hits at each row of logits `[rows, vocab]`.
+///
+/// `targets` is `[rows]`.
+pub fn token_stats(logits: Tensor<2>, targets: Tensor<1, Int>) -> TokenStats {
+    let logits = logits.detach();
+    let [rows, _] = logits.dims();
+    let (shifted, log_total) = shifted_log_total(logits.clone());
+    let probabilities = (shifted.clone() - log_total.clone()).exp();
+    // H = log Σ exp z − Σ p z
+    let entropy = log_total - (probabilities * shifted).sum_dim(1);
+    let best = logits.clone().argmax(1).reshape([rows]);
+    TokenStats {
+        entropy: entropy.reshape([rows]),
+        mean_logit: logits.mean_dim(1).reshape([rows]),
+        top1: best.equal(targets).float(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+
+    #[test]
+    fn a_uniform_row_has_the_entropy_of_its_size() {
+        let device = Device::default();
+        let logits = Tensor::from_floats([[2.0, 2.0, 2.0, 2.0], [0.0, 30.0, 0.0, -2.0]], &device);
+        let stats = token_stats(logits, Tensor::from_ints([0, 1], &device));
+        let entropy: Vec<f32> = stats.entropy.try_into_vec_as().unwrap();
+        // f32 rounding near one, and a distribution that is all but certain.
+        assert!((entropy[0] - 4f32.ln()).abs() < 1e-6 && entropy[1].abs() < 1e-5);
+        assert_eq!(
+            stats.mean_logit.try_into_vec_as::<f32>().unwrap(),
+            [2.0, 7.0]
+        );
+        assert_eq!(stats.top1.try_into_vec_as::<f32>().unwrap(), [1.0, 1.0]);
+    }
+}

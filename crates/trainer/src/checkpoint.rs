@@ -1,0 +1,243 @@
+//! Checkpoints: whole or not there, and checked before they are believed.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use lm::Transformer;
+use lm::files::{write_atomically, write_folder_atomically};
+use lm::weights::{HostTensor, WeightFiles, write_safetensors};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::error::TrainError;
+use crate::learner::Learner;
+use crate::optimizer::AdamW;
+
+/// Where a run stood.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Position {
+    /// The stage.
+    pub stage: String,
+    /// Steps done.
+    pub step: usize,
+    /// Tokens seen in the stage.
+    pub n_tokens: u64,
+    /// Seconds of training so far, in all sessions.
+    pub seconds: f64,
+    /// Updates that the optimizer has made.
+    pub optimizer_steps: usize,
+    /// Digest of the recipe, so that a checkpoint of another run is not taken for this one's.
+    pub recipe: String,
+}
+
+const MANIFEST: &str = "manifest.json";
+const POSITION: &str = "position.json";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// Saves a checkpoint under `folder` and deletes the oldest of the stage beyond `keep`.
+///
+/// The folder is filled aside, flushed and renamed; its manifest holds a digest of every file.
+///
+/// # Errors
+///
+/// Any error of the file system; older checkpoints are then still there.
+pub fn save(
+    folder: &Path,
+    keep: usize,
+    learner: &Learner,
+    position: &Position,
+) -> Result<PathBuf, TrainError> {
+    let path = folder.join(format!("{}-{:06}", position.stage, position.step));
+    write_folder_atomically(&path, |inner| -> Result<(), CheckpointIo> {
+        learner.snapshot().write(inner)?;
+        write_safetensors(
+            &inner.join(OPTIMIZER),
+            &learner.optimizer.to_host(),
+            &Default::default(),
+        )?;
+        write_json(&inner.join(POSITION), position)?;
+        write_manifest(inner)?;
+        Ok(())
+    })
+    .map_err(|error| match error {
+        CheckpointIo::Io(source) => TrainError::io(&path)(source),
+        CheckpointIo::Model(error) => error.into(),
+    })?;
+    let mut older = list(folder, &position.stage)?;
+    older.truncate(older.len().saturating_sub(keep));
+    for (_, old) in older {
+        std::fs::remove_dir_all(&old).map_err(TrainError::io(&old))?;
+    }
+    Ok(path)
+}
+
+/// The newest whole checkpoint of a stage, and a line about each damaged one that was passed over.
+///
+/// # Errors
+///
+/// A checkpoint of another recipe, or any error of the file system.
+pub fn newest(
+    folder: &Path,
+    stage: &str,
+    recipe: &str,
+) -> Result<(Option<(PathBuf, Position)>, Vec<String>), TrainError> {
+    let mut damaged = Vec::new();
+    for (_, path) in list(folder, stage)?.into_iter().rev() {
+        match verify(&path) {
+            Ok(position) if position.recipe == recipe => {
+                return Ok((Some((path, position)), damaged));
+            }
+            Ok(_) => {
+                return Err(TrainError::checkpoint(
+                    &path,
+                    "made by another recipe; give --out another folder, or the old recipe",
+                ));
+            }
+            Err(error) => damaged.push(error.to_string()),
+        }
+    }
+    Ok((None, damaged))
+}
+
+/// Reads a checkpoint that [`newest`] has found whole.
+///
+/// # Errors
+///
+/// Any error of the file system.
+pub fn load(
+    path: &Path,
+    position: &Position,
+    mut optimizer: AdamW,
+    device: &Device,
+) -> Result<Learner, TrainError> {
+    let model = Transformer::read(path, device)?;
+    let files = WeightFiles::open_file(&path.join(OPTIMIZER))?;
+    let tensors = files
+        .names()
+        .into_iter()
+        .map(|name| Ok((name.to_string(), files.read_any(name)?)))
+        .collect::<Result<BTreeMap<String, HostTensor>, lm::LmError>>()?;
+    optimizer.restore(position.optimizer_steps, tensors, device);
+    Ok(Learner::new(model, optimizer))
+}
+
+/// Writes digests of all files of a folder, so that [`verify_files`] can tell damage.
+///
+/// # Errors
+///
+/// Any error of the file system.
+pub fn write_manifest(folder: &Path) -> std::io::Result<()> {
+    let mut digests = BTreeMap::new();
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name != MANIFEST {
+            digests.insert(name, digest(&entry.path())?);
+        }
+    }
+    write_json(&folder.join(MANIFEST), &digests)
+}
+
+/// Checks every file of a folder against its manifest.
+///
+/// # Errors
+///
+/// A missing manifest or file, or one whose content has changed.
+pub fn verify_files(folder: &Path) -> Result<(), TrainError> {
+    let damaged = |reason: String| TrainError::checkpoint(folder, reason);
+    let manifest = folder.join(MANIFEST);
+    let text = std::fs::read(&manifest).map_err(|e| damaged(format!("{MANIFEST}: {e}")))?;
+    let digests: BTreeMap<String, String> = serde_json::from_slice(&text)
+        .map_err(|error| damaged(format!("damaged: {MANIFEST}: {error}")))?;
+    for (name, expected) in &digests {
+        let found = digest(&folder.join(name)).map_err(|e| damaged(format!("{name}: {e}")))?;
+        if found != *expected {
+            return Err(damaged(format!(
+                "damaged: {name} does not have the content it was written with"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn verify(path: &Path) -> Result<Position, TrainError> {
+    verify_files(path)?;
+    let text = std::fs::read(path.join(POSITION)).map_err(TrainError::io(path))?;
+    serde_json::from_slice(&text)
+        .map_err(|error| TrainError::checkpoint(path, format!("damaged: {POSITION}: {error}")))
+}
+
+/// The checkpoints of a stage, oldest first. Folders that were being written are not among them.
+fn list(folder: &Path, stage: &str) -> Result<Vec<(usize, PathBuf)>, TrainError> {
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(TrainError::io(folder))? {
+        let path = entry.map_err(TrainError::io(folder))?.path();
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+        let step = name
+            .as_deref()
+            .and_then(|name| name.strip_prefix(stage)?.strip_prefix('-')?.parse().ok());
+        if let Some(step) = step {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> std::io::Result<()> {
+    let text = serde_json::to_string_pretty(value)?;
+    write_atomically(path, |file| file.write_all(text.as_bytes()))
+}
+
+fn digest(path: &Path) -> std::io::Result<String> {
+    let mut hasher = Sha256::new();
+    std::io::copy(&mut File::open(path)?, &mut HashWriter(&mut hasher))?;
+    Ok(hex(&hasher.finalize()))
+}
+
+/// The SHA-256 digest of some bytes, in hexadecimal.
+pub fn digest_of(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Errors inside the closure that fills a checkpoint.
+enum CheckpointIo {
+    Io(std::io::Error),
+    Model(lm::LmError),
+}
+
+impl From<std::io::Error> for CheckpointIo {
+    fn from(error: std::io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<lm::LmError> for CheckpointIo {
+    fn from(error: lm::LmError) -> Self {
+        Self::Model(error)
+    }
+}

@@ -1,0 +1,92 @@
+use std::path::{Path, PathBuf};
+
+/// Why a run could not begin, go on or end.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// A file could not be read or written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A recipe that does not parse, or a value out of its range.
+    #[error("{file}: {reason}")]
+    Recipe {
+        /// The recipe's file.
+        file: String,
+        /// The key, what was expected and what came.
+        reason: String,
+    },
+    /// A model folder.
+    #[error(transparent)]
+    Model(#[from] lm::LmError),
+    /// A tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] lm::tokenizer::TokenizerError),
+    /// A chat template.
+    #[error(transparent)]
+    Chat(#[from] lm::chat::ChatError),
+    /// Preference data.
+    #[error(transparent)]
+    Data(#[from] lm::data::DataError),
+    /// The embedded task.
+    #[error(transparent)]
+    Task(#[from] memo_task::MemoError),
+    /// The report.
+    #[error(transparent)]
+    Report(#[from] report::ReportError),
+    /// A loss that is not a number; training stops before the weights are touched.
+    #[error("{stage} step {step}: the loss is {loss}; rows of the batch: {rows:?}")]
+    NotFinite {
+        /// The stage.
+        stage: &'static str,
+        /// The step, from 1.
+        step: usize,
+        /// The loss or gradient norm.
+        loss: f64,
+        /// Rows of the data, from 0.
+        rows: Vec<usize>,
+    },
+    /// A checkpoint that is damaged or belongs to another run.
+    #[error("checkpoint {path}: {reason}")]
+    Checkpoint {
+        /// The checkpoint's folder.
+        path: PathBuf,
+        /// What was expected and what came.
+        reason: String,
+    },
+    /// The run's folder already holds a run.
+    #[error("{path}: {reason}")]
+    RunFolder {
+        /// The folder.
+        path: PathBuf,
+        /// What to do about it.
+        reason: String,
+    },
+    /// A device that this build or machine cannot use.
+    #[error("device `{name}`: {reason}")]
+    Device {
+        /// The name that was asked for.
+        name: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+}
+
+impl TrainError {
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Io {
+            path: path.to_path_buf(),
+            source,
+        }
+    }
+
+    pub(crate) fn checkpoint(path: &Path, reason: impl Into<String>) -> Self {
+        Self::Checkpoint {
+            path: path.to_path_buf(),
+            reason: reason.into(),
+        }
+    }
+}

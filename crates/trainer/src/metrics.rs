@@ -1,0 +1,98 @@
+//! `metrics.jsonl`: one JSON line a step.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use lm::files::write_atomically;
+use serde_json::{Map, Value};
+
+use crate::error::TrainError;
+
+/// The open log of a run.
+#[derive(Debug)]
+pub struct MetricsLog {
+    path: PathBuf,
+    file: File,
+}
+
+impl MetricsLog {
+    /// Opens the log, keeping the lines for which `keep(stage, step)` holds.
+    ///
+    /// A line that a crash cut short is dropped.
+    ///
+    /// # Errors
+    ///
+    /// Any error of the file system.
+    pub fn open(path: &Path, keep: impl Fn(&str, usize) -> bool) -> Result<Self, TrainError> {
+        let kept: Vec<String> = read(path)?
+            .into_iter()
+            .filter(|line| {
+                let stage = line.get("stage").and_then(Value::as_str);
+                let step = line.get("step").and_then(Value::as_u64);
+                stage.zip(step).is_some_and(|(stage, step)| keep(stage, step as usize))
+            })
+            .map(|line| Value::Object(line).to_string())
+            .collect();
+        write_atomically(path, |file| {
+            kept.iter().try_for_each(|line| writeln!(file, "{line}"))
+        })
+        .map_err(TrainError::io(path))?;
+        let file = OpenOptions::new()
+            .append(true)
+            .open(path)
+            .map_err(TrainError::io(path))?;
+        Ok(Self {
+            path: path.to_path_buf(),
+            file,
+        })
+    }
+
+    /// Appends a line.
+    ///
+    /// # Errors
+    ///
+    /// Any error of the file system, a full disk among them.
+    pub fn write(&mut self, line: Map<String, Value>) -> Result<(), TrainError> {
+        // One call, so that a line is never interleaved with another process's.
+        let text = format!("{}\n", Value::Object(line));
+        self.file
+            .write_all(text.as_bytes())
+            .map_err(TrainError::io(&self.path))
+    }
+}
+
+/// The whole lines of a log; none if there is no file.
+///
+/// # Errors
+///
+/// Any error of the file system but a missing file.
+pub fn read(path: &Path) -> Result<Vec<Map<String, Value>>, TrainError> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(TrainError::io(path)(error)),
+    };
+    Ok(text
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reopening_keeps_what_is_asked_for_and_drops_a_cut_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let lines = "{\"stage\":\"sft\",\"step\":1}\n{\"stage\":\"sft\",\"step\":2}\n{\"stage\":\"sf";
+        std::fs::write(&path, lines).unwrap();
+        let mut log = MetricsLog::open(&path, |_, step| step <= 1).unwrap();
+        log.write([("stage".into(), "sft".into()), ("step".into(), 2.into())].into_iter().collect())
+            .unwrap();
+        let steps: Vec<_> = read(&path).unwrap().iter().map(|line| line["step"].clone()).collect();
+        assert_eq!(steps, [1, 2]);
+    }
+}

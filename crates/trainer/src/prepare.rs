@@ -1,0 +1,193 @@
+//! From a recipe to a model, a tokenizer and tokens.
+
+use std::path::Path;
+
+use burn::tensor::Device;
+use lm::chat::ChatTemplate;
+use lm::data::{
+    DataReport, PreferencePair, SftExample, TokenizeOptions, read_preferences,
+    tokenize_pairs_observed,
+};
+use lm::tokenizer::Tokenizer;
+use lm::{LlamaShape, ModelConfig, Transformer};
+use memo_task::{Memo, MemoTask, Split};
+
+use crate::error::TrainError;
+use crate::progress::Progress;
+use crate::recipe::{DataRecipe, Recipe, TaskRecipe};
+
+/// All that training needs, in tokens.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The model to begin with, on a plain device.
+    pub model: Transformer,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Examples of the fine-tuning stage; none without one.
+    pub sft: Vec<SftExample>,
+    /// Pairs of the preference stage.
+    pub train: Vec<PreferencePair>,
+    /// Held-out pairs; may be none.
+    pub eval: Vec<PreferencePair>,
+    /// The embedded task and its held-out prompts, if it is the data.
+    pub task: Option<PreparedTask>,
+    /// What was read, dropped and cut, by file.
+    pub reports: Vec<(String, DataReport)>,
+}
+
+/// The embedded task, ready to judge.
+#[derive(Debug)]
+pub struct PreparedTask {
+    /// The task.
+    pub task: MemoTask,
+    /// Held-out memos to sample completions for, with their prompts' tokens.
+    pub prompts: Vec<(Memo, Vec<u32>)>,
+    /// The best accuracy that the labels of the held-out pairs allow.
+    pub ceiling: f64,
+}
+
+/// Longest sequence of a model made for the embedded task, in tokens.
+const TASK_POSITIONS: usize = 256;
+
+/// Reads or makes everything that a recipe names.
+///
+/// # Errors
+///
+/// Anything wrong with the model, the tokenizer or the data, by file and place.
+pub fn prepare(recipe: &Recipe, device: &Device) -> Result<Prepared, TrainError> {
+    match (&recipe.task, &recipe.data) {
+        (Some(task), _) => prepare_task(recipe, task, device),
+        (None, Some(data)) => prepare_files(recipe, data, device),
+        (None, None) => unreachable!("a checked recipe has a task or data"),
+    }
+}
+
+fn prepare_task(
+    recipe: &Recipe,
+    numbers: &TaskRecipe,
+    device: &Device,
+) -> Result<Prepared, TrainError> {
+    let task = MemoTask::new(numbers.memo)?;
+    let tokenizer = Tokenizer::from_json(
+        "the memo task's tokenizer",
+        &task.tokenizer_json(),
+        &task.tokenizer_config_json(),
+    )?;
+    let model = match &recipe.model.path {
+        Some(path) => Transformer::read(path, device)?,
+        None => {
+            let shape = LlamaShape {
+                vocab_size: task.vocab_size(),
+                hidden_size: recipe.model.hidden_size,
+                intermediate_size: recipe.model.intermediate_size,
+                n_layers: recipe.model.layers,
+                n_heads: recipe.model.heads,
+                n_kv_heads: recipe.model.kv_heads,
+                max_positions: TASK_POSITIONS,
+                tied: recipe.model.tied,
+                eos_id: task.eos_id(),
+                pad_id: task.pad_id(),
+            };
+            Transformer::init(ModelConfig::llama(&shape)?, recipe.seed, device)?
+        }
+    };
+    let n_sft = recipe.sft.as_ref().map_or(0, |_| numbers.sft_examples);
+    let sft = task
+        .examples(Split::Sft, n_sft, recipe.seed)
+        .into_iter()
+        .enumerate()
+        .map(|(row, example)| SftExample {
+            prompt_ids: example.prompt_ids,
+            completion_ids: example.completion.ids,
+            row,
+        })
+        .collect();
+    let pairs = |pairs: &[memo_task::Pair]| -> Vec<PreferencePair> {
+        pairs
+            .iter()
+            .enumerate()
+            .map(|(row, pair)| PreferencePair {
+                prompt_ids: pair.prompt_ids.clone(),
+                chosen_ids: pair.chosen.ids.clone(),
+                rejected_ids: pair.rejected.ids.clone(),
+                row,
+            })
+            .collect()
+    };
+    let train = pairs(&task.pairs(Split::Train, numbers.train_pairs, recipe.seed));
+    let held_out = task.pairs(Split::Eval, numbers.eval_pairs, recipe.seed);
+    let prompts = task
+        .examples(Split::Prompts, numbers.eval_prompts, recipe.seed)
+        .into_iter()
+        .map(|example| (example.memo, example.prompt_ids))
+        .collect();
+    Ok(Prepared {
+        model,
+        tokenizer,
+        sft,
+        train,
+        eval: pairs(&held_out),
+        reports: Vec::new(),
+        task: Some(PreparedTask {
+            ceiling: memo_task::ceiling(&held_out),
+            prompts,
+            task,
+        }),
+    })
+}
+
+fn prepare_files(
+    recipe: &Recipe,
+    data: &DataRecipe,
+    device: &Device,
+) -> Result<Prepared, TrainError> {
+    let folder = recipe
+        .model
+        .path
+        .as_deref()
+        .expect("a checked recipe with data names a model");
+    // The cheap things first: a wrong path should not cost the reading of a model.
+    let config = ModelConfig::read(folder)?;
+    let tokenizer = Tokenizer::from_folder(folder)?;
+    let template = ChatTemplate::from_tokenizer(&tokenizer)?;
+    let options = TokenizeOptions {
+        max_length: Some(data.max_length.min(config.max_positions)),
+        window: Some(config.max_positions),
+        boundary: data.boundary,
+        ..TokenizeOptions::new(config.vocab_size)
+    };
+    let mut reports = Vec::new();
+    let mut read = |path: &Path, label: &str| -> Result<Vec<PreferencePair>, TrainError> {
+        let rows = read_preferences(path)?.collect::<Result<Vec<_>, _>>()?;
+        let progress = Progress::new(&format!("tokenize {label}"), "rows", rows.len(), 0);
+        let progress = std::sync::Mutex::new(progress);
+        let observe = || {
+            if let Ok(mut progress) = progress.lock() {
+                progress.advance(1, "");
+            }
+        };
+        let tokenized =
+            tokenize_pairs_observed(&rows, &tokenizer, template.as_ref(), &options, &observe)?;
+        if let Ok(progress) = progress.into_inner() {
+            progress.finish();
+        }
+        eprintln!("{}", tokenized.report);
+        reports.push((path.display().to_string(), tokenized.report));
+        Ok(tokenized.examples)
+    };
+    let train = read(&data.train, "training data")?;
+    let eval = match &data.eval {
+        Some(path) => read(path, "evaluation data")?,
+        None => Vec::new(),
+    };
+    let model = Transformer::read(folder, device)?;
+    Ok(Prepared {
+        model,
+        tokenizer,
+        sft: Vec::new(),
+        train,
+        eval,
+        task: None,
+        reports,
+    })
+}

@@ -1,0 +1,524 @@
+//! What a run is: one TOML file, every key checked, every default written out.
+
+use std::path::{Path, PathBuf};
+
+use dpo_loss::Beta;
+use lm::data::Boundary;
+use memo_task::MemoConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::error::TrainError;
+
+/// A run: a model, data, and up to two stages of training.
+///
+/// Read from TOML; unknown keys are refused by name. The resolved recipe, defaults included, is
+/// written into the run's folder, and reading it back gives the same run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Name of the run, and of its folder under `runs/`.
+    pub name: String,
+    /// Seed of weights, data and their order.
+    #[serde(default = "defaults::seed")]
+    pub seed: u64,
+    /// The model to begin with.
+    #[serde(default)]
+    pub model: ModelRecipe,
+    /// Preference files; absent for the embedded task.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataRecipe>,
+    /// The embedded memo task; absent for files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<TaskRecipe>,
+    /// Supervised fine-tuning before the preference stage, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sft: Option<SftRecipe>,
+    /// The preference stage.
+    #[serde(default)]
+    pub preference: PreferenceRecipe,
+    /// How often to save.
+    #[serde(default)]
+    pub checkpoints: CheckpointRecipe,
+}
+
+/// The model to begin with: a folder, or a fresh Llama of a given shape.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelRecipe {
+    /// A Hugging Face folder; the sizes below are then ignored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width inside the feed-forward part.
+    pub intermediate_size: usize,
+    /// Number of blocks.
+    pub layers: usize,
+    /// Number of query heads.
+    pub heads: usize,
+    /// Number of key and value heads.
+    pub kv_heads: usize,
+    /// Whether the output head is the embedding table.
+    pub tied: bool,
+}
+
+/// Preference files.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataRecipe {
+    /// The pairs to train on: JSON lines, a JSON array, or Parquet.
+    pub train: PathBuf,
+    /// The pairs to evaluate on; none means that nothing is evaluated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval: Option<PathBuf>,
+    /// Prompt and completion together are cut to this many tokens.
+    #[serde(default = "defaults::max_length")]
+    pub max_length: usize,
+    /// How prompt and completion meet in tokens.
+    #[serde(default)]
+    pub boundary: Boundary,
+}
+
+/// The embedded task: how many memos of each kind, and its own numbers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TaskRecipe {
+    /// Prompts with a completion, for supervised fine-tuning.
+    pub sft_examples: usize,
+    /// Labelled pairs for the preference stage.
+    pub train_pairs: usize,
+    /// Held-out labelled pairs.
+    pub eval_pairs: usize,
+    /// Held-out prompts on which policies are sampled and judged by the true reward.
+    pub eval_prompts: usize,
+    /// The most tokens of a sampled completion.
+    pub max_new_tokens: usize,
+    /// The memos' own numbers.
+    pub memo: MemoConfig,
+}
+
+/// Supervised fine-tuning.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SftRecipe {
+    /// Passes over the examples.
+    pub epochs: f64,
+    /// Examples in a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches in a step.
+    pub accumulation: usize,
+    /// The optimizer.
+    pub optimizer: OptimizerRecipe,
+}
+
+/// The preference stage.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PreferenceRecipe {
+    /// Strength of the KL penalty, in reward units per nat.
+    pub beta: Beta,
+    /// Passes over the pairs.
+    pub epochs: f64,
+    /// The most steps; 0 sets no limit.
+    pub max_steps: usize,
+    /// Pairs in a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches in a step.
+    pub accumulation: usize,
+    /// Pairs in a batch of evaluation or of reference logps.
+    pub eval_batch_size: usize,
+    /// Steps between evaluations; 0 evaluates at the start and the end alone.
+    pub eval_every: usize,
+    /// The optimizer.
+    pub optimizer: OptimizerRecipe,
+}
+
+/// AdamW, its learning rate over time, and clipping.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimizerRecipe {
+    /// The learning rate at its height.
+    pub learning_rate: f64,
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the root of the squared mean.
+    pub epsilon: f64,
+    /// Decoupled weight decay, on matrices alone: never on biases and norms.
+    pub weight_decay: f64,
+    /// Largest global norm of the gradient; 0 clips nothing.
+    pub max_grad_norm: f64,
+    /// The shape of the learning rate after warmup.
+    pub schedule: Schedule,
+    /// Steps over which the learning rate rises from 0.
+    pub warmup_steps: usize,
+}
+
+/// The shape of the learning rate after warmup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Schedule {
+    /// Stays at its height.
+    Constant,
+    /// Falls to 0 along a line.
+    Linear,
+    /// Falls to 0 along half a cosine.
+    Cosine,
+}
+
+/// How often to save, and how much to keep.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointRecipe {
+    /// Steps between checkpoints; 0 saves at the end of each stage alone.
+    pub every: usize,
+    /// How many of the newest to keep.
+    pub keep: usize,
+}
+
+impl Default for ModelRecipe {
+    fn default() -> Self {
+        Self {
+            path: None,
+            hidden_size: 128,
+            intermediate_size: 256,
+            layers: 2,
+            heads: 4,
+            kv_heads: 4,
+            tied: true,
+        }
+    }
+}
+
+impl Default for TaskRecipe {
+    fn default() -> Self {
+        Self {
+            sft_examples: 12_000,
+            train_pairs: 2_000,
+            eval_pairs: 512,
+            eval_prompts: 320,
+            max_new_tokens: 48,
+            memo: MemoConfig::default(),
+        }
+    }
+}
+
+impl Default for SftRecipe {
+    fn default() -> Self {
+        Self {
+            epochs: 1.0,
+            batch_size: 32,
+            accumulation: 1,
+            optimizer: OptimizerRecipe {
+                learning_rate: 3e-3,
+                beta2: 0.98,
+                schedule: Schedule::Cosine,
+                warmup_steps: 20,
+                ..OptimizerRecipe::default()
+            },
+        }
+    }
+}
+
+impl Default for PreferenceRecipe {
+    fn default() -> Self {
+        Self {
+            beta: Beta::new(0.1).expect("a tenth is a valid strength"),
+            epochs: 1.0,
+            max_steps: 0,
+            batch_size: 8,
+            accumulation: 1,
+            eval_batch_size: 16,
+            eval_every: 0,
+            optimizer: OptimizerRecipe::default(),
+        }
+    }
+}
+
+impl Default for OptimizerRecipe {
+    fn default() -> Self {
+        Self {
+            learning_rate: 1e-6,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            schedule: Schedule::Linear,
+            warmup_steps: 0,
+        }
+    }
+}
+
+impl Default for CheckpointRecipe {
+    fn default() -> Self {
+        Self { every: 0, keep: 2 }
+    }
+}
+
+mod defaults {
+    pub(super) fn seed() -> u64 {
+        1
+    }
+
+    pub(super) fn max_length() -> usize {
+        1024
+    }
+}
+
+impl Recipe {
+    /// The main job: the embedded task, from nothing to a preference-trained policy.
+    pub fn memo() -> Self {
+        Self::parse(include_str!("../../../recipes/memo.toml"), "recipes/memo.toml")
+            .expect("the recipe in the source is valid, as its test shows")
+    }
+
+    /// A preference stage on a model and a file, with TRL's settings but a larger learning rate.
+    pub fn files(name: &str, model: PathBuf, data: DataRecipe) -> Self {
+        Self {
+            name: name.to_string(),
+            seed: defaults::seed(),
+            model: ModelRecipe {
+                path: Some(model),
+                ..ModelRecipe::default()
+            },
+            data: Some(data),
+            task: None,
+            sft: None,
+            preference: PreferenceRecipe {
+                optimizer: OptimizerRecipe {
+                    warmup_steps: 10,
+                    learning_rate: 1e-4,
+                    ..OptimizerRecipe::default()
+                },
+                eval_every: 25,
+                ..PreferenceRecipe::default()
+            },
+            checkpoints: CheckpointRecipe {
+                every: 50,
+                ..CheckpointRecipe::default()
+            },
+        }
+    }
+
+    /// Reads a recipe file.
+    ///
+    /// # Errors
+    ///
+    /// A missing file, bad TOML, an unknown key, or a value out of its range.
+    pub fn read(path: &Path) -> Result<Self, TrainError> {
+        let text = std::fs::read_to_string(path).map_err(TrainError::io(path))?;
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    /// Reads a recipe from text; `name` stands for the file in errors.
+    ///
+    /// # Errors
+    ///
+    /// Bad TOML, an unknown key, or a value out of its range.
+    pub fn parse(text: &str, name: &str) -> Result<Self, TrainError> {
+        let recipe: Self = toml::from_str(text).map_err(|error| TrainError::Recipe {
+            file: name.to_string(),
+            reason: error.to_string().trim_end().to_string(),
+        })?;
+        recipe.check(name)?;
+        Ok(recipe)
+    }
+
+    /// The recipe as TOML, with every default.
+    ///
+    /// # Errors
+    ///
+    /// Never in practice: every field has a form in TOML.
+    pub fn to_toml(&self) -> Result<String, TrainError> {
+        toml::to_string_pretty(self).map_err(|error| TrainError::Recipe {
+            file: self.name.clone(),
+            reason: error.to_string(),
+        })
+    }
+
+    /// Checks what types cannot: ranges, and that the parts fit together.
+    ///
+    /// # Errors
+    ///
+    /// The first key whose value is out of its range.
+    pub fn check(&self, file: &str) -> Result<(), TrainError> {
+        let wrong = |key: &str, expected: &str, got: &dyn std::fmt::Display| TrainError::Recipe {
+            file: file.to_string(),
+            reason: format!("key `{key}`: expected {expected}, got {got}"),
+        };
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        if self.name.is_empty() || self.name.starts_with('.') || !self.name.chars().all(plain) {
+            let expected = "letters, digits, `-`, `_` and `.`, not starting with `.`";
+            return Err(wrong("name", expected, &format!("`{}`", self.name)));
+        }
+        match (&self.task, &self.data) {
+            (Some(_), Some(_)) => {
+                return Err(wrong("data", "either [task] or [data]", &"both"));
+            }
+            (None, None) => return Err(wrong("data", "[task] or [data]", &"neither")),
+            (None, Some(data)) => {
+                if self.model.path.is_none() {
+                    return Err(wrong("model.path", "a folder, since [data] is given", &"none"));
+                }
+                if data.max_length < 2 {
+                    return Err(wrong("data.max_length", "at least 2", &data.max_length));
+                }
+            }
+            (Some(task), None) => {
+                for (key, value) in [
+                    ("task.train_pairs", task.train_pairs),
+                    ("task.eval_pairs", task.eval_pairs),
+                    ("task.eval_prompts", task.eval_prompts),
+                    ("task.max_new_tokens", task.max_new_tokens),
+                ] {
+                    if value == 0 {
+                        return Err(wrong(key, "at least 1", &value));
+                    }
+                }
+            }
+        }
+        if let Some(sft) = &self.sft {
+            if self.data.is_some() {
+                return Err(wrong("sft", "none, since [data] holds preferences", &"a stage"));
+            }
+            if self.task.as_ref().is_some_and(|task| task.sft_examples == 0) {
+                return Err(wrong("task.sft_examples", "at least 1", &0));
+            }
+            check_stage("sft", sft.epochs, sft.batch_size, sft.accumulation, &wrong)?;
+            sft.optimizer.check("sft.optimizer", &wrong)?;
+        }
+        let stage = &self.preference;
+        let (epochs, batch) = (stage.epochs, stage.batch_size);
+        check_stage("preference", epochs, batch, stage.accumulation, &wrong)?;
+        if stage.eval_batch_size == 0 {
+            return Err(wrong("preference.eval_batch_size", "at least 1", &0));
+        }
+        if self.checkpoints.keep == 0 {
+            return Err(wrong("checkpoints.keep", "at least 1", &0));
+        }
+        stage.optimizer.check("preference.optimizer", &wrong)
+    }
+}
+
+type Wrong<'a> = dyn Fn(&str, &str, &dyn std::fmt::Display) -> TrainError + 'a;
+
+fn check_stage(
+    stage: &str,
+    epochs: f64,
+    batch_size: usize,
+    accumulation: usize,
+    wrong: &Wrong<'_>,
+) -> Result<(), TrainError> {
+    if !(epochs.is_finite() && epochs > 0.0) {
+        return Err(wrong(&format!("{stage}.epochs"), "a number above 0", &epochs));
+    }
+    for (key, value) in [("batch_size", batch_size), ("accumulation", accumulation)] {
+        if value == 0 {
+            return Err(wrong(&format!("{stage}.{key}"), "at least 1", &value));
+        }
+    }
+    Ok(())
+}
+
+impl OptimizerRecipe {
+    fn check(&self, table: &str, wrong: &Wrong<'_>) -> Result<(), TrainError> {
+        let at_least_zero = |value: f64| value.is_finite() && value >= 0.0;
+        for (key, value, fits, expected) in [
+            ("learning_rate", self.learning_rate, at_least_zero(self.learning_rate), "at least 0"),
+            ("beta1", self.beta1, (0.0..1.0).contains(&self.beta1), "in [0, 1)"),
+            ("beta2", self.beta2, (0.0..1.0).contains(&self.beta2), "in [0, 1)"),
+            ("epsilon", self.epsilon, at_least_zero(self.epsilon), "at least 0"),
+            ("weight_decay", self.weight_decay, at_least_zero(self.weight_decay), "at least 0"),
+            ("max_grad_norm", self.max_grad_norm, at_least_zero(self.max_grad_norm), "at least 0"),
+        ] {
+            if !fits {
+                return Err(wrong(&format!("{table}.{key}"), expected, &value));
+            }
+        }
+        Ok(())
+    }
+
+    /// The learning rate of step `step` (from 0) of `n_steps`.
+    ///
+    /// As in transformers: warmup rises as `step / warmup_steps`, so that the first warm step
+    /// learns nothing; then the schedule falls towards 0 at `n_steps`.
+    pub fn learning_rate_at(&self, step: usize, n_steps: usize) -> f64 {
+        let warmup = self.warmup_steps;
+        if step < warmup {
+            return self.learning_rate * step as f64 / warmup as f64;
+        }
+        let left = n_steps.saturating_sub(warmup).max(1) as f64;
+        let done = ((step - warmup) as f64 / left).min(1.0);
+        self.learning_rate
+            * match self.schedule {
+                Schedule::Constant => 1.0,
+                Schedule::Linear => 1.0 - done,
+                Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * done).cos()),
+            }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_recipe_in_the_repository_is_valid_and_survives_a_round_trip() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes");
+        let mut seen = 0;
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|kind| kind == "toml") {
+                let recipe = Recipe::read(&path).unwrap();
+                let text = recipe.to_toml().unwrap();
+                assert_eq!(Recipe::parse(&text, "resolved").unwrap(), recipe);
+                seen += 1;
+            }
+        }
+        assert!(seen > 0);
+        assert_eq!(Recipe::memo().name, "memo");
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let text = "name = \"x\"\n[task]\n[preference]\nlearning_rat = 1\n";
+        let error = Recipe::parse(text, "x.toml").unwrap_err().to_string();
+        assert!(error.contains("x.toml") && error.contains("learning_rat"), "{error}");
+        assert!(error.contains("line 4"), "{error}");
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_by_key() {
+        for (text, key) in [
+            ("name = \"../x\"\n[task]", "`name`"),
+            ("name = \"x\"", "`data`"),
+            ("name = \"x\"\n[task]\n[preference]\nbatch_size = 0", "`preference.batch_size`"),
+            ("name = \"x\"\n[task]\n[preference]\nepochs = -1.0", "`preference.epochs`"),
+            ("name = \"x\"\n[task]\n[preference.optimizer]\nbeta1 = 1.0", "beta1"),
+            ("name = \"x\"\n[task]\n[preference]\nbeta = 0.0", "beta"),
+            ("name = \"x\"\n[data]\ntrain = \"a\"", "`model.path`"),
+        ] {
+            let error = Recipe::parse(text, "x.toml").unwrap_err().to_string();
+            assert!(error.contains(key), "{key}: {error}");
+        }
+    }
+
+    #[test]
+    fn schedules_rise_and_fall_as_in_transformers() {
+        let recipe = |schedule| OptimizerRecipe {
+            learning_rate: 1.0,
+            schedule,
+            warmup_steps: 2,
+            ..OptimizerRecipe::default()
+        };
+        let rates = |schedule| -> Vec<f64> {
+            (0..7).map(|step| recipe(schedule).learning_rate_at(step, 6)).collect()
+        };
+        assert_eq!(rates(Schedule::Constant), [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]);
+        assert_eq!(rates(Schedule::Linear), [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]);
+        let cosine = rates(Schedule::Cosine);
+        assert!((cosine[4] - 0.5).abs() < 1e-15 && cosine[6].abs() < 1e-15);
+    }
+}
