@@ -1,5 +1,7 @@
 //! Files of rows in every format, and what each kind of bad input says.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests unwrap as tests do")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -4,6 +4,8 @@
 //! folder (`dpo_trajectory.json`, `dpo_pairs.jsonl`, `tokenizer.json`) is checked too, and with
 //! `R2Q_CHAT_GOLDEN=FILE` the rows that `testdata/scripts/dump_chat_ids.py` wrote for a real model.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests unwrap as tests do")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 

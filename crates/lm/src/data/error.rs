@@ -136,7 +136,7 @@ pub enum DataError {
         /// The column.
         column: String,
         /// What the template said.
-        source: ChatError,
+        source: Box<ChatError>,
     },
     /// The tokenizer refused a row, or has no end of sequence.
     #[error("{location}: column `{column}`: {source}")]
@@ -146,7 +146,7 @@ pub enum DataError {
         /// The column.
         column: String,
         /// What the tokenizer said.
-        source: TokenizerError,
+        source: Box<TokenizerError>,
     },
     /// Every row of a file was malformed.
     #[error("every row was dropped as malformed, first: {0}")]

@@ -537,7 +537,7 @@ impl Encoder<'_> {
             .map_err(|source| DataError::Template {
                 location: self.location.clone(),
                 column: column.to_owned(),
-                source,
+                source: Box::new(source),
             })
     }
 
@@ -593,7 +593,7 @@ impl Encoder<'_> {
         DataError::Tokenizer {
             location: self.location.clone(),
             column: column.to_owned(),
-            source,
+            source: Box::new(source),
         }
     }
 }
