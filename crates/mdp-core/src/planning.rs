@@ -8,8 +8,8 @@ use crate::{MdpError, SoftSolution};
 ///
 /// It equals `V(s_0) + β Σ_t log π*(a_t|s_t)` for every prefix, complete or not, so ranking by it is
 /// ranking by likelihood. Equation 13 prints the first sign as a minus; harmless to a ranking, wrong
-/// as an equality. Where the
-/// environment moved in the prefix, its luck `r + V(s') - V(s)` is added on that side.
+/// as an equality. Where the environment moved in the prefix, its luck `r + V(s') - V(s)` comes in
+/// place of the logp.
 ///
 /// # Errors
 ///
@@ -83,6 +83,10 @@ pub fn conservative_objectives(solution: &SoftSolution) -> Vec<f64> {
 ///
 /// For a frontier that every completion crosses once, and no move of the environment before it, this
 /// is `V(s_0)` at any depth: planning with exact leaves changes nothing.
+///
+/// # Panics
+///
+/// If the tree has no such pair.
 #[must_use]
 pub fn soft_backup(solution: &SoftSolution, frontier: &[usize]) -> f64 {
     let objectives = conservative_objectives(solution);
