@@ -1,0 +1,115 @@
+//! From a command line to the `r2q` program, built as its device needs.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, bail};
+
+/// Builds `r2q` with the features of the device that `args` name, and becomes it.
+///
+/// The program keeps the current directory, so that relative paths mean what the user typed.
+pub(crate) fn hand_over(args: &[OsString]) -> anyhow::Result<ExitCode> {
+    let feature = feature(&device(args))?;
+    let program = program()?;
+    if !program.exists() {
+        eprintln!("building r2q; the first time takes minutes");
+    }
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let built = Command::new(cargo)
+        .args(["build", "--release", "--package", "trainer", "--bin", "r2q"])
+        .args(["--features", feature])
+        .arg("--manifest-path")
+        .arg(crate::root().join("Cargo.toml"))
+        .status()
+        .context("starting cargo")?;
+    if !built.success() {
+        bail!("r2q did not build with the feature `{feature}`");
+    }
+    become_program(&program, args)
+}
+
+/// The value of `--device`, as the program will read it; `cpu` if there is none.
+fn device(args: &[OsString]) -> String {
+    let mut args = args.iter().map(|arg| arg.to_string_lossy());
+    while let Some(arg) = args.next() {
+        if arg == "--device" {
+            // A missing value is for the program to complain about, on any build.
+            return args.next().map_or_else(|| "cpu".into(), String::from);
+        }
+        if let Some(value) = arg.strip_prefix("--device=") {
+            return value.to_string();
+        }
+    }
+    "cpu".into()
+}
+
+/// The feature of the `trainer` package that a device needs beside its default.
+fn feature(device: &str) -> anyhow::Result<&'static str> {
+    match device {
+        "cpu" => Ok("flex"),
+        "wgpu" => Ok("wgpu"),
+        "cuda" => Ok("cuda"),
+        numbered if numbered.starts_with("cuda:") => Ok("cuda"),
+        // Refused before a build of minutes, not after it.
+        _ => bail!("device `{device}`: expected `cpu`, `wgpu`, `cuda` or `cuda:N`"),
+    }
+}
+
+/// Where cargo puts the program: in `release/`, beside the folder that this one is in.
+///
+/// That holds wherever the user has cargo's target directory, and needs no second question to it.
+fn program() -> anyhow::Result<PathBuf> {
+    let this = std::env::current_exe().context("finding this program's own path")?;
+    let target = this
+        .parent()
+        .and_then(Path::parent)
+        .with_context(|| format!("{}: not in a target directory of cargo", this.display()))?;
+    let name = format!("r2q{}", std::env::consts::EXE_SUFFIX);
+    Ok(target.join("release").join(name))
+}
+
+/// Runs the program in place of this one, so that signals and its exit code are its own.
+#[cfg(unix)]
+fn become_program(program: &Path, args: &[OsString]) -> anyhow::Result<ExitCode> {
+    use std::os::unix::process::CommandExt;
+
+    let error = Command::new(program).args(args).exec();
+    Err(error).with_context(|| format!("starting {}", program.display()))
+}
+
+#[cfg(not(unix))]
+fn become_program(program: &Path, args: &[OsString]) -> anyhow::Result<ExitCode> {
+    let status = Command::new(program)
+        .args(args)
+        .status()
+        .with_context(|| format!("starting {}", program.display()))?;
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn device_of(line: &str) -> String {
+        let args: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+        device(&args)
+    }
+
+    #[test]
+    fn the_device_is_read_in_both_spellings_and_is_the_cpu_by_default() {
+        assert_eq!(device_of("train --seed 3"), "cpu");
+        assert_eq!(device_of("train --device cuda:1 --seed 3"), "cuda:1");
+        assert_eq!(device_of("train --device=wgpu"), "wgpu");
+        assert_eq!(device_of("train --device"), "cpu");
+    }
+
+    #[test]
+    fn each_device_has_its_feature_and_others_are_refused_by_name() {
+        let features = ["cpu", "wgpu", "cuda", "cuda:2"].map(|name| feature(name).unwrap());
+        assert_eq!(features, ["flex", "wgpu", "cuda", "cuda"]);
+        let error = feature("gpu").unwrap_err().to_string();
+        assert!(error.contains("`gpu`"), "{error}");
+    }
+}
