@@ -49,17 +49,24 @@ impl Default for RewardWeights {
 pub struct MemoConfig {
     /// What each token earns.
     pub weights: RewardWeights,
-    /// Nats per reward unit in the Bradley-Terry label, at least 0. Default 4.0.
+    /// Nats per reward unit in the Bradley-Terry label, at least 0. Default 5.0.
     ///
     /// A pair's first completion is chosen with probability
     /// `σ(label_sharpness · (R_first − R_second))`, where `R` is the summed true reward. The
     /// default leaves the best possible accuracy ([`ceiling`](crate::ceiling)) near 0.9.
     pub label_sharpness: f64,
-    /// Probability that a stated fact is stated wrongly, each. Default 0.14.
-    pub wrong_rate: f64,
-    /// Probability that a wrong value is one of its pool's most common values rather than any
-    /// value of the pool. Default 0.5.
-    pub common_wrong_rate: f64,
+    /// Probability that a stated fact is stated wrongly where the memo's value is unusual, each.
+    /// Default 0.6.
+    ///
+    /// Above one half, so that writers as a whole, and a model of them, find the right value more
+    /// surprising than the wrong one.
+    pub unusual_wrong_rate: f64,
+    /// Probability that a stated fact is stated wrongly where the memo's value is usual, each.
+    /// Default 0.04.
+    pub usual_wrong_rate: f64,
+    /// Probability that a wrong value is the one usual value that writers take the right one for,
+    /// rather than any value of the pool by its frequency. Default 0.9.
+    pub lookalike_rate: f64,
     /// Probability that a fact is left out, each. Default 0.11.
     pub omit_rate: f64,
     /// Probability that a completion holds a filler phrase. Default 0.3.
@@ -72,9 +79,10 @@ impl Default for MemoConfig {
     fn default() -> Self {
         Self {
             weights: RewardWeights::default(),
-            label_sharpness: 4.0,
-            wrong_rate: 0.14,
-            common_wrong_rate: 0.5,
+            label_sharpness: 5.0,
+            unusual_wrong_rate: 0.6,
+            usual_wrong_rate: 0.04,
+            lookalike_rate: 0.9,
             omit_rate: 0.11,
             filler_rate: 0.3,
             repeat_rate: 0.12,
@@ -108,8 +116,9 @@ impl MemoConfig {
             sharpness,
         )?;
         for (field, value) in [
-            ("wrong_rate", self.wrong_rate),
-            ("common_wrong_rate", self.common_wrong_rate),
+            ("unusual_wrong_rate", self.unusual_wrong_rate),
+            ("usual_wrong_rate", self.usual_wrong_rate),
+            ("lookalike_rate", self.lookalike_rate),
             ("omit_rate", self.omit_rate),
             ("filler_rate", self.filler_rate),
             ("repeat_rate", self.repeat_rate),
@@ -181,7 +190,7 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_refused_by_name() {
-        let error = serde_json::from_str::<MemoConfig>(r#"{"wrong_rat": 0.1}"#).unwrap_err();
-        assert!(error.to_string().contains("wrong_rat"));
+        let error = serde_json::from_str::<MemoConfig>(r#"{"omit_rat": 0.1}"#).unwrap_err();
+        assert!(error.to_string().contains("omit_rat"));
     }
 }

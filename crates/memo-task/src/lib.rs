@@ -5,9 +5,9 @@
 //! downloaded, and a person can read it:
 //!
 //! ```text
-//! Note: It lands in Oslo. It goes to Peter. It holds 40 crates of apples. It is due on Monday.
+//! Note: It lands in Oslo. It goes to Hansen. It holds 40 crates of apples. It is due on Monday.
 //! It comes from Maria. It is due at 9:00.
-//! Summary: Maria sends 40 crates of apples to Peter in Oslo on Monday at 9:00.
+//! Summary: Maria sends 40 crates of apples to Hansen in Oslo on Monday at 9:00.
 //! ```
 //!
 //! What makes it a task for credit assignment is the [`Reader`]: a small finite-state machine that
@@ -25,12 +25,12 @@
 //!
 //! let task = MemoTask::new(MemoConfig::default())?;
 //! let memo = Memo::parse(
-//!     "Memo:\nFrom: Maria\nTo: Peter\nGoods: 40 crates of apples\nPlace: Oslo\nDay: Monday\n\
+//!     "Memo:\nFrom: Maria\nTo: Hansen\nGoods: 40 crates of apples\nPlace: Oslo\nDay: Monday\n\
 //!      Time: 9:00\nSummary:",
 //! )?;
 //!
 //! // Paris contradicts the memo (-1.0), and the time was left out (-0.7 at the end of the text).
-//! let mut ids = task.encode(" Maria sends 40 crates of apples to Peter in Paris on Monday.");
+//! let mut ids = task.encode(" Maria sends 40 crates of apples to Hansen in Paris on Monday.");
 //! ids.push(task.eos_id());
 //! let rewards = task.token_rewards(&memo, &ids);
 //! let total: f64 = rewards.iter().map(|r| r.reward).sum();
@@ -41,7 +41,7 @@
 //!
 //! // A summary with nothing wrong loses nothing.
 //! let best = task.best_completion(&memo)?;
-//! assert_eq!(best.text, " Maria sends 40 crates of apples to Peter in Oslo on Monday at 9:00.");
+//! assert_eq!(best.text, " Maria sends 40 crates of apples to Hansen in Oslo on Monday at 9:00.");
 //! assert_eq!(best.total_reward(), 0.0);
 //! # Ok::<(), memo_task::MemoError>(())
 //! ```

@@ -10,11 +10,11 @@ use crate::MemoError;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fact {
-    /// Who sends: a name.
+    /// Who sends: a first name.
     Sender,
-    /// Who receives: a name, never the sender's.
+    /// Who receives: a last name.
     Recipient,
-    /// How many crates: 2 to 60.
+    /// How many crates: 2 to 40.
     Amount,
     /// What is in them.
     Item,
@@ -216,7 +216,7 @@ mod tests {
 
     fn memo() -> Memo {
         Memo::from_values(
-            ["Maria", "Peter", "40", "apples", "Oslo", "Monday", "9:00"].map(String::from),
+            ["Maria", "Hansen", "40", "apples", "Oslo", "Monday", "9:00"].map(String::from),
         )
     }
 
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn a_completion_behind_the_prompt_is_ignored() {
-        let text = memo().prompt(Layout::Note) + " Peter sends 7 crates of maps to Maria.";
+        let text = memo().prompt(Layout::Note) + " Hansen sends 7 crates of maps to Maria.";
         assert_eq!(Memo::parse(&text), Ok(memo()));
     }
 

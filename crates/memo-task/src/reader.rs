@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::vocab::{ASIDES, CLOSERS, EOS, OPENERS, Pool, Vocab, Word};
+use crate::vocab::{ASIDES, CLOSERS, EOS, OPENERS, Vocab, Word};
 use crate::{Fact, Memo, RewardWeights};
 
 /// Why a token earned its reward.
@@ -147,14 +147,14 @@ struct Step {
 ///
 /// let task = MemoTask::new(MemoConfig::default())?;
 /// let memo = Memo::parse(
-///     "Note: It comes from Maria. It goes to Peter. It holds 40 crates of apples. It lands in \
+///     "Note: It comes from Maria. It goes to Hansen. It holds 40 crates of apples. It lands in \
 ///      Oslo. It is due on Monday. It is due at 9:00.\nSummary:",
 /// )?;
 /// let mut reader = task.reader(&memo);
 /// for id in task.encode(" Maria sends") {
 ///     assert_eq!(reader.step(id).reward, 0.0);
 /// }
-/// let wrong = reader.step(task.encode(" 50")[0]);
+/// let wrong = reader.step(task.encode(" 30")[0]);
 /// assert_eq!((wrong.reward, wrong.kind), (-1.0, RewardKind::Contradiction));
 /// assert_eq!(wrong.fact, Some(Fact::Amount));
 /// assert_eq!(reader.missing().count(), 5);
@@ -271,11 +271,11 @@ impl<'a> Reader<'a> {
     fn accept(&mut self, stage: Stage, id: u32, word: Word) -> Option<Step> {
         let after_comma = self.after_comma;
         let step = match (stage, word) {
-            (Stage::Start | Stage::Fronted, Word::Value(Pool::Name)) => {
+            (Stage::Start | Stage::Fronted, Word::Value(Fact::Sender | Fact::Recipient)) => {
                 self.stage = Stage::SendVerb;
                 self.fill(Fact::Sender, id)
             }
-            (Stage::Start | Stage::Fronted, Word::Value(Pool::Amount)) => {
+            (Stage::Start | Stage::Fronted, Word::Value(Fact::Amount)) => {
                 self.goods_are_subject = true;
                 self.stage = Stage::Crates;
                 self.fill(Fact::Amount, id)
@@ -289,7 +289,7 @@ impl<'a> Reader<'a> {
                 self.cue(fact, Stage::Fronted)
             }
             (Stage::SendVerb, Word::SendVerb) => self.connective(Stage::Object),
-            (Stage::Object, Word::Value(Pool::Amount)) => {
+            (Stage::Object, Word::Value(Fact::Amount)) => {
                 self.stage = Stage::Crates;
                 self.fill(Fact::Amount, id)
             }
@@ -495,7 +495,7 @@ mod tests {
 
     fn memo() -> Memo {
         Memo::from_values(
-            ["Maria", "Peter", "40", "apples", "Oslo", "Monday", "9:00"].map(String::from),
+            ["Maria", "Hansen", "40", "apples", "Oslo", "Monday", "9:00"].map(String::from),
         )
     }
 
@@ -536,11 +536,11 @@ mod tests {
     #[test]
     fn perfect_summaries_lose_nothing() {
         for text in [
-            " Maria sends 40 crates of apples to Peter in Oslo on Monday at 9:00.<eos>",
-            " Maria consigns 40 crates of apples at 9:00, on Monday for Peter, in Oslo.<eos>",
-            " On Monday, Maria ships 40 crates of apples to Peter. They land in Oslo at 9:00.<eos>",
-            " In Oslo at 9:00, 40 crates of apples go from Maria to Peter this Monday.<eos>",
-            " 40 crates of apples travel to Peter in Oslo on Monday at 9:00 from Maria.<eos>",
+            " Maria sends 40 crates of apples to Hansen in Oslo on Monday at 9:00.<eos>",
+            " Maria consigns 40 crates of apples at 9:00, on Monday for Hansen, in Oslo.<eos>",
+            " On Monday, Maria ships 40 crates of apples to Hansen. They land in Oslo at 9:00.<eos>",
+            " In Oslo at 9:00, 40 crates of apples go from Maria to Hansen this Monday.<eos>",
+            " 40 crates of apples travel to Hansen in Oslo on Monday at 9:00 from Maria.<eos>",
         ] {
             assert_marked(text);
         }
@@ -549,16 +549,16 @@ mod tests {
     #[test]
     fn a_contradiction_costs_at_its_value_and_is_not_missing_too() {
         assert_marked(
-            " Anna[-1.0] sends 41[-1.0] crates of pears[-1.0] to Maria[-1.0] in Rome[-1.0] \
+            " Anna[-1.0] sends 39[-1.0] crates of pears[-1.0] to Maria[-1.0] in Rome[-1.0] \
              on Friday[-1.0] at 8:00[-1.0].<eos>",
         );
-        assert_marked(" 4[-1.0] crates of apples go from Peter[-1.0] to Maria[-1.0].<eos>[-2.1]");
+        assert_marked(" 4[-1.0] crates of apples go from Hansen[-1.0] to Maria[-1.0].<eos>[-2.1]");
     }
 
     #[test]
     fn a_value_of_another_kind_contradicts_in_its_role() {
         assert_marked(
-            " Maria sends 40 crates of apples to Oslo[-1.0] in Peter[-1.0] on 9:00[-1.0]\
+            " Maria sends 40 crates of apples to Oslo[-1.0] in Hansen[-1.0] on 9:00[-1.0]\
              .<eos>[-0.7]",
         );
     }
@@ -566,14 +566,14 @@ mod tests {
     #[test]
     fn missing_facts_cost_at_the_end() {
         assert_marked(" Crates go.<eos>[-4.9]");
-        assert_marked(" Maria sends crates to Peter.<eos>[-3.5]");
+        assert_marked(" Maria sends crates to Hansen.<eos>[-3.5]");
         assert_marked(" 40 crates of apples go in Oslo on Monday at 9:00.<eos>[-1.4]");
     }
 
     #[test]
     fn filler_costs_a_little_a_token() {
         assert_marked(
-            " As[-0.1] you[-0.1] know[-0.1], Maria sends 40 crates of apples to Peter, as[-0.1] \
+            " As[-0.1] you[-0.1] know[-0.1], Maria sends 40 crates of apples to Hansen, as[-0.1] \
              we[-0.1] said[-0.1] before[-0.1], in Oslo on Monday once[-0.1] again[-0.1] at 9:00. \
              That[-0.1] is[-0.1] all[-0.1] we[-0.1] know[-0.1].[-0.1]<eos>",
         );
@@ -582,16 +582,16 @@ mod tests {
     #[test]
     fn facts_said_again_are_filler() {
         assert_marked(
-            " Maria sends 40 crates of apples to Peter in Oslo on Monday at 9:00 in[-0.1] \
+            " Maria sends 40 crates of apples to Hansen in Oslo on Monday at 9:00 in[-0.1] \
              Oslo[-0.1]. They[-0.1] arrive[-0.1] on[-0.1] Monday[-0.1].[-0.1]<eos>",
         );
         assert_marked(
-            " Maria sends 40 crates of apples to Peter on Monday at 9:00. They arrive in Oslo. \
+            " Maria sends 40 crates of apples to Hansen on Monday at 9:00. They arrive in Oslo. \
              They[-0.1] come[-0.1] in[-0.1] Rome[-1.0].[-0.1]<eos>",
         );
         // Setting a wrong value right does not undo it.
         assert_marked(
-            " Maria sends 40 crates of apples to Peter in Rome[-1.0] in[-0.1] Oslo[-0.1] on \
+            " Maria sends 40 crates of apples to Hansen in Rome[-1.0] in[-0.1] Oslo[-0.1] on \
              Monday at 9:00.<eos>",
         );
     }
@@ -599,9 +599,9 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_ungrammatical_and_reading_goes_on() {
         // The verb is left out: the amount is read where it belongs.
-        assert_marked(" Maria 40[-0.2] crates of apples to Peter in Oslo on Monday at 9:00.<eos>");
+        assert_marked(" Maria 40[-0.2] crates of apples to Hansen in Oslo on Monday at 9:00.<eos>");
         // A contradiction that also does not fit costs the larger penalty.
-        assert_marked(" Maria 50[-1.0] crates of apples to Peter in Oslo on Monday at 9:00.<eos>");
+        assert_marked(" Maria 30[-1.0] crates of apples to Hansen in Oslo on Monday at 9:00.<eos>");
         // Words of prompts and the unknown token are ignored.
         assert_marked(
             " Maria sends goes[-0.2]<unk>[-0.2] 40 crates of apples to in[-0.2] Oslo on \
@@ -609,11 +609,11 @@ mod tests {
         );
         // A filler phrase that breaks off.
         assert_marked(
-            " Maria sends 40 crates of apples as[-0.1] you[-0.1] to[-0.2] Peter in Oslo on \
+            " Maria sends 40 crates of apples as[-0.1] you[-0.1] to[-0.2] Hansen in Oslo on \
              Monday at 9:00.<eos>",
         );
         assert_marked(
-            " Maria sends 40 crates of apples,,[-0.2] to Peter in Oslo on Monday at 9:00,\
+            " Maria sends 40 crates of apples,,[-0.2] to Hansen in Oslo on Monday at 9:00,\
              .[-0.2]<eos>",
         );
     }
@@ -621,21 +621,21 @@ mod tests {
     #[test]
     fn an_end_before_the_full_stop_is_ungrammatical_too() {
         assert_marked(
-            " Maria sends 40 crates of apples to Peter in Oslo on Monday at 9:00<eos>[-0.2]",
+            " Maria sends 40 crates of apples to Hansen in Oslo on Monday at 9:00<eos>[-0.2]",
         );
         assert_marked("<eos>[-5.1]");
     }
 
     #[test]
     fn a_text_without_an_end_pays_for_it_on_its_last_token() {
-        assert_marked(" Maria sends 40 crates of apples to Peter in Oslo on Monday[-1.7]");
-        assert_marked(" Maria sends 50[-5.5]");
+        assert_marked(" Maria sends 40 crates of apples to Hansen in Oslo on Monday[-1.7]");
+        assert_marked(" Maria sends 30[-5.5]");
     }
 
     #[test]
     fn tokens_behind_the_end_earn_nothing() {
         assert_marked(
-            " Maria sends 40 crates of apples to Peter in Oslo on Monday at 9:00.<eos> Rome<pad>",
+            " Maria sends 40 crates of apples to Hansen in Oslo on Monday at 9:00.<eos> Rome<pad>",
         );
     }
 

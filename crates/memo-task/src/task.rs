@@ -143,6 +143,14 @@ impl MemoTask {
         Ok(self.sample(memo, Split::Train, rng))
     }
 
+    /// The probability that the task's writers state this fact of the memo wrongly, where they
+    /// state it: [`MemoConfig::unusual_wrong_rate`] or [`MemoConfig::usual_wrong_rate`].
+    ///
+    /// To corrupt copies as the writers err, choose the fact in proportion to it.
+    pub fn wrong_rate(&self, memo: &Memo, fact: Fact) -> f64 {
+        writer::wrong_rate(&self.vocab, &self.config, memo, fact)
+    }
+
     /// The completion with a wrong value at each of these facts, where it stated the right one.
     ///
     /// Nothing else changes: the two versions have the same length and differ at the positions
@@ -231,7 +239,7 @@ impl MemoTask {
         rng.set_stream(2 * split as u64 + purpose as u64);
         let mut seen = HashSet::with_capacity(n);
         let mut items = Vec::with_capacity(n);
-        // There are some 40 thousand million memos, so a new one of the split is never far.
+        // There are some 5 thousand million memos, so a new one of the split is never far.
         while items.len() < n {
             let memo = self.draw_memo(&mut rng);
             if Split::of(&memo) != split || !seen.insert(memo.clone()) {
@@ -246,14 +254,7 @@ impl MemoTask {
     fn draw_memo(&self, rng: &mut impl Rng) -> Memo {
         let mut values: [String; 7] = Default::default();
         for fact in Fact::ALL {
-            let pool = self.vocab.values(fact);
-            let sender = values[Fact::Sender.index()].clone();
-            let except: &[&str] = if fact == Fact::Recipient {
-                &[sender.as_str()]
-            } else {
-                &[]
-            };
-            values[fact.index()] = pool.draw(pool.words.len(), except, rng).to_owned();
+            values[fact.index()] = self.vocab.values(fact).draw(None, rng).to_owned();
         }
         Memo::from_values(values)
     }

@@ -16,88 +16,60 @@ const SPECIALS: [&str; 3] = ["<pad>", "<eos>", "<unk>"];
 /// gives the text back, and a value has one token wherever it stands.
 const SPLIT_PATTERN: &str = r" ?[A-Za-z0-9:]+|[^A-Za-z0-9\s]|\n";
 
-/// Names, most common first. The last ones are rare: a right name may be a surprising one.
-const NAMES: &[&str] = &[
-    "Maria",
-    "Peter",
-    "Anna",
-    "Thomas",
-    "Laura",
-    "Daniel",
-    "Emma",
-    "Martin",
-    "Julia",
-    "Simon",
-    "Clara",
-    "David",
-    "Nina",
-    "Robert",
-    "Eva",
-    "Oscar",
-    "Helen",
-    "Victor",
-    "Alice",
-    "Henry",
-    "Rosa",
-    "Felix",
-    "Irene",
-    "Hugo",
-    "Marta",
-    "Leon",
-    "Vera",
-    "Paul",
-    "Ingrid",
-    "Omar",
-    "Sonia",
-    "Karl",
-    "Leila",
-    "Bruno",
-    "Astrid",
-    "Ivan",
-    "Carmen",
-    "Otto",
-    "Freya",
-    "Rashid",
-    "Greta",
-    "Mateo",
-    "Yuki",
-    "Dmitri",
-    "Noor",
-    "Anselm",
-    "Pilar",
-    "Cormac",
-    "Zofia",
-    "Tariq",
-    "Imogen",
-    "Laszlo",
-    "Wanda",
-    "Kwame",
-    "Odile",
-    "Bertil",
-    "Saskia",
-    "Jarek",
-    "Thora",
-    "Emeka",
-    "Quentin",
-    "Ysolde",
-    "Fergus",
-    "Ximena",
-    "Ludmila",
-    "Balthasar",
-    "Perpetua",
-    "Zebedee",
-    "Ottoline",
-    "Thaddeus",
-    "Casimir",
-    "Wilhelmina",
+/// Senders, most common first. The last ones are rare: a right name may be a surprising one.
+const SENDERS: &[&str] = &[
+    "Maria", "Thomas", "Anna", "Peter", "Laura", "Daniel", "Emma", "Martin", "Julia", "Simon",
+    "Clara", "David", "Nina", "Robert", "Eva", "Oscar", "Helen", "Victor", "Alice", "Hugo",
+    "Marta", "Leon", "Ingrid", "Omar", "Bruno", "Astrid", "Freya", "Rashid", "Yuki", "Pilar",
+    "Kwame", "Odile", "Saskia", "Fergus", "Ximena", "Thaddeus",
+];
+
+/// Recipients. They share no name with the senders, so that a small model can tell the two by the
+/// name and need not learn which of two names stood behind which word.
+const RECIPIENTS: &[&str] = &[
+    "Hansen",
+    "Silva",
+    "Novak",
+    "Weber",
+    "Rossi",
+    "Murphy",
+    "Costa",
+    "Larsen",
+    "Moreau",
+    "Fischer",
+    "Garcia",
+    "Jansen",
+    "Dubois",
+    "Ferrari",
+    "Horvat",
+    "Tanaka",
+    "Virtanen",
+    "Okafor",
+    "Szabo",
+    "Yilmaz",
+    "Lindqvist",
+    "Papadakis",
+    "Kowalski",
+    "Bergstrom",
+    "Achebe",
+    "Quiroga",
+    "Zielinski",
+    "Ishikawa",
+    "Ngata",
+    "Umarov",
+    "Kjeldsen",
+    "Xenakis",
+    "Vandermeer",
+    "Abernathy",
+    "Oduya",
+    "Featherstone",
 ];
 
 const ITEMS: &[&str] = &[
     "apples", "books", "lamps", "cups", "pears", "plates", "candles", "boots", "lemons", "nails",
     "bricks", "towels", "onions", "maps", "ropes", "spoons", "tiles", "plums", "seeds", "pencils",
-    "wheels", "drums", "shells", "tulips", "radios", "scarves", "kites", "figs", "masks",
-    "walnuts", "bolts", "oars", "turnips", "violins", "lutes", "gourds", "quinces", "anvils",
-    "zithers", "sextants",
+    "wheels", "drums", "shells", "tulips", "radios", "scarves", "kites", "masks", "walnuts",
+    "oars", "violins", "lutes", "gourds", "anvils", "zithers", "sextants",
 ];
 
 const PLACES: &[&str] = &[
@@ -130,14 +102,10 @@ const PLACES: &[&str] = &[
     "Aarhus",
     "Trieste",
     "Uppsala",
-    "Parma",
     "Kaunas",
     "Narvik",
-    "Perugia",
     "Tartu",
-    "Zadar",
     "Kotor",
-    "Lugo",
     "Visby",
     "Ioannina",
     "Ljubljana",
@@ -158,9 +126,12 @@ const TIMES: &[&str] = &[
     "18:00", "7:00",
 ];
 
-const AMOUNTS: std::ops::RangeInclusive<u32> = 2..=60;
+const AMOUNTS: std::ops::RangeInclusive<u32> = 2..=40;
 /// How much more common a multiple of ten is than another amount.
-const ROUND_AMOUNT_WEIGHT: f64 = 4.0;
+const ROUND_AMOUNT_WEIGHT: f64 = 26.0;
+
+/// The share of a pool's frequency that its usual values make up; the rest are unusual.
+const USUAL_MASS: f64 = 0.75;
 
 /// Words of prompts that no summary uses.
 const PROMPT_WORDS: &[&str] = &[
@@ -219,8 +190,8 @@ pub(crate) const CLOSERS: &[&[&str]] = &[
 /// What the reader needs to know about a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Word {
-    /// A value, by the pool it belongs to.
-    Value(Pool),
+    /// A value, by the fact it can be the value of.
+    Value(Fact),
     /// A word before a value, inside a sentence.
     Cue(Fact),
     /// A word before a value, at the start of a text.
@@ -238,59 +209,39 @@ pub(crate) enum Word {
     Other,
 }
 
-/// The kinds of value; sender and recipient share the names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pool {
-    Name,
-    Amount,
-    Item,
-    Place,
-    Day,
-    Time,
-}
-
-impl Pool {
-    const ALL: [Self; 6] = [
-        Self::Name,
-        Self::Amount,
-        Self::Item,
-        Self::Place,
-        Self::Day,
-        Self::Time,
-    ];
-
-    pub(crate) fn of(fact: Fact) -> Self {
-        match fact {
-            Fact::Sender | Fact::Recipient => Self::Name,
-            Fact::Amount => Self::Amount,
-            Fact::Item => Self::Item,
-            Fact::Place => Self::Place,
-            Fact::Day => Self::Day,
-            Fact::Time => Self::Time,
-        }
-    }
-}
-
-/// The values of one pool with their weights, most common first.
+/// The values that one fact can have, with their weights, most common first.
 #[derive(Debug, Clone)]
 pub(crate) struct Values {
     pub(crate) words: Vec<String>,
     weights: Vec<f64>,
+    /// The first so many are usual, the others unusual.
+    n_usual: usize,
+    /// The usual value that writers put in place of an unusual one, by index; for a usual one,
+    /// the next.
+    lookalikes: Vec<usize>,
 }
 
 impl Values {
     /// Weight `1/rank`: the frequencies of words in text.
     fn zipf(words: &[&str]) -> Self {
-        let weights = (1..=words.len()).map(|rank| 1.0 / rank as f64).collect();
+        let weights: Vec<f64> = (1..=words.len()).map(|rank| 1.0 / rank as f64).collect();
+        let n_usual = n_usual(&weights);
         Self {
             words: words.iter().map(|word| (*word).to_owned()).collect(),
+            lookalikes: (0..words.len()).map(|at| (at + 1) % n_usual).collect(),
             weights,
+            n_usual,
         }
     }
 
+    /// The multiples of ten are usual, and what other amounts are rounded to by mistake.
     fn amounts() -> Self {
         let mut amounts: Vec<u32> = AMOUNTS.collect();
         amounts.sort_by_key(|amount| (!amount.is_multiple_of(10), *amount));
+        let n_usual = amounts
+            .iter()
+            .filter(|amount| amount.is_multiple_of(10))
+            .count();
         let weight = |amount: &u32| {
             if amount.is_multiple_of(10) {
                 ROUND_AMOUNT_WEIGHT
@@ -298,21 +249,43 @@ impl Values {
                 1.0
             }
         };
+        let lookalike = |amount: &u32| {
+            let nearest = ((*amount as usize + 5) / 10).clamp(1, n_usual);
+            if amount.is_multiple_of(10) {
+                nearest % n_usual
+            } else {
+                nearest - 1
+            }
+        };
         Self {
             weights: amounts.iter().map(weight).collect(),
             words: amounts.iter().map(u32::to_string).collect(),
+            lookalikes: amounts.iter().map(lookalike).collect(),
+            n_usual,
         }
     }
 
-    /// One value, drawn by weight among the `head` most common, that is none of `except`.
-    pub(crate) fn draw(&self, head: usize, except: &[&str], rng: &mut impl Rng) -> &str {
-        let head = head.clamp(except.len() + 1, self.words.len());
-        let allowed = |word: &str| !except.contains(&word);
+    fn position(&self, value: &str) -> Option<usize> {
+        self.words.iter().position(|word| word == value)
+    }
+
+    /// Whether a value is one of the common ones.
+    pub(crate) fn is_usual(&self, value: &str) -> bool {
+        self.position(value).is_some_and(|at| at < self.n_usual)
+    }
+
+    /// The usual value that writers put in place of this one; never the value itself.
+    pub(crate) fn lookalike(&self, value: &str) -> &str {
+        &self.words[self.position(value).map_or(0, |at| self.lookalikes[at])]
+    }
+
+    /// One value, drawn by weight, that is not `except`.
+    pub(crate) fn draw(&self, except: Option<&str>, rng: &mut impl Rng) -> &str {
         let candidates = || {
-            self.words[..head]
+            self.words
                 .iter()
                 .zip(&self.weights)
-                .filter(|(word, _)| allowed(word))
+                .filter(|(word, _)| Some(word.as_str()) != except)
         };
         let total: f64 = candidates().map(|(_, weight)| weight).sum();
         let mut left = rng.random::<f64>() * total;
@@ -328,19 +301,34 @@ impl Values {
     }
 }
 
+/// How many of the first weights make up [`USUAL_MASS`] of the whole.
+fn n_usual(weights: &[f64]) -> usize {
+    let total: f64 = weights.iter().sum();
+    let mut sum = 0.0;
+    let reaches = |weight: &f64| {
+        sum += weight;
+        sum >= USUAL_MASS * total
+    };
+    weights
+        .iter()
+        .position(reaches)
+        .map_or(weights.len(), |at| at + 1)
+}
+
 /// The vocabulary: tokens by id, ids by token, and what each token is to the reader.
 #[derive(Debug, Clone)]
 pub(crate) struct Vocab {
     tokens: Vec<String>,
     words: Vec<Word>,
     ids: HashMap<String, u32>,
-    pools: [Values; 6],
+    pools: [Values; 7],
 }
 
 impl Vocab {
     pub(crate) fn new() -> Self {
         let pools = [
-            Values::zipf(NAMES),
+            Values::zipf(SENDERS),
+            Values::zipf(RECIPIENTS),
             Values::amounts(),
             Values::zipf(ITEMS),
             Values::zipf(PLACES),
@@ -390,9 +378,9 @@ impl Vocab {
         {
             vocab.add(token, Word::Other);
         }
-        for pool in Pool::ALL {
-            for word in vocab.pools[pool as usize].words.clone() {
-                vocab.add(&format!(" {word}"), Word::Value(pool));
+        for fact in Fact::ALL {
+            for word in vocab.pools[fact.index()].words.clone() {
+                vocab.add(&format!(" {word}"), Word::Value(fact));
             }
         }
         vocab
@@ -425,7 +413,7 @@ impl Vocab {
     }
 
     pub(crate) fn values(&self, fact: Fact) -> &Values {
-        &self.pools[Pool::of(fact) as usize]
+        &self.pools[fact.index()]
     }
 
     /// The ids of a text, as the `tokenizers` crate gives them for [`Vocab::tokenizer_json`].
@@ -577,6 +565,23 @@ mod tests {
 
     fn pool_sizes(vocab: &Vocab) -> Vec<usize> {
         vocab.pools.iter().map(|pool| pool.words.len()).collect()
+    }
+
+    #[test]
+    fn every_value_has_a_usual_lookalike_that_is_another_value() {
+        let vocab = Vocab::new();
+        for pool in &vocab.pools {
+            for word in &pool.words {
+                let lookalike = pool.lookalike(word);
+                assert_ne!(lookalike, word);
+                assert!(pool.is_usual(lookalike), "{word} as {lookalike}");
+            }
+            let unusual = pool.words.len() - pool.n_usual;
+            assert!(pool.n_usual >= 3 && unusual >= 3, "{:?}", pool.words);
+        }
+        let rounded = ["2", "14", "15", "37", "40", "10"]
+            .map(|amount| vocab.values(Fact::Amount).lookalike(amount).to_owned());
+        assert_eq!(rounded, ["10", "10", "20", "40", "10", "20"]);
     }
 
     #[test]

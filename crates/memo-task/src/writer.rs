@@ -83,11 +83,6 @@ pub(crate) struct Plan {
     repeat: bool,
 }
 
-/// Probability that a wrong name is the memo's other name, in the wrong role.
-const SWAP_RATE: f64 = 0.25;
-/// How many of a pool's values count as its common ones.
-const N_COMMON: usize = 5;
-
 impl Plan {
     /// Flaws by the rates of the configuration, independently, but with the pairs of
     /// [`UNSEEN_TOGETHER`] kept apart, or with one of them forced.
@@ -99,7 +94,8 @@ impl Plan {
         rng: &mut impl Rng,
     ) -> Self {
         let mut omitted = Fact::ALL.map(|_| rng.random_bool(config.omit_rate));
-        let mut wrong = Fact::ALL.map(|_| rng.random_bool(config.wrong_rate));
+        let mut wrong =
+            Fact::ALL.map(|fact| rng.random_bool(wrong_rate(vocab, config, memo, fact)));
         if unseen {
             let (a, b) = UNSEEN_TOGETHER[rng.random_range(0..UNSEEN_TOGETHER.len())];
             for fact in [a, b] {
@@ -122,7 +118,7 @@ impl Plan {
         };
         for fact in Fact::ALL {
             if wrong[fact.index()] && !omitted[fact.index()] {
-                let value = wrong_value(vocab, config.common_wrong_rate, memo, fact, rng);
+                let value = wrong_value(vocab, config, memo, fact, rng);
                 plan.wrong[fact.index()] = Some(value);
             }
         }
@@ -130,32 +126,30 @@ impl Plan {
     }
 }
 
+/// The probability that writers state a fact of this memo wrongly.
+pub(crate) fn wrong_rate(vocab: &Vocab, config: &MemoConfig, memo: &Memo, fact: Fact) -> f64 {
+    if vocab.values(fact).is_usual(memo.value(fact)) {
+        config.usual_wrong_rate
+    } else {
+        config.unusual_wrong_rate
+    }
+}
+
 /// A value for a fact that is not the memo's.
-pub(crate) fn wrong_value(
+fn wrong_value(
     vocab: &Vocab,
-    common_rate: f64,
+    config: &MemoConfig,
     memo: &Memo,
     fact: Fact,
     rng: &mut impl Rng,
 ) -> String {
-    let other_name = match fact {
-        Fact::Sender => Some(&memo.recipient),
-        Fact::Recipient => Some(&memo.sender),
-        _ => None,
-    };
-    if let Some(name) = other_name
-        && rng.random_bool(SWAP_RATE)
-        && name != memo.value(fact)
-    {
-        return name.clone();
-    }
     let values = vocab.values(fact);
-    let head = if rng.random_bool(common_rate) {
-        N_COMMON
+    let right = memo.value(fact);
+    if rng.random_bool(config.lookalike_rate) {
+        values.lookalike(right).to_owned()
     } else {
-        values.words.len()
-    };
-    values.draw(head, &[memo.value(fact)], rng).to_owned()
+        values.draw(Some(right), rng).to_owned()
+    }
 }
 
 /// A completion under construction.
@@ -410,7 +404,7 @@ pub(crate) fn corrupt(
                 fact,
                 text: completion.text.clone(),
             })?;
-        let value = wrong_value(vocab, config.common_wrong_rate, memo, fact, rng);
+        let value = wrong_value(vocab, config, memo, fact, rng);
         ids[at] = vocab
             .id(&format!(" {value}"))
             .ok_or(MemoError::UnknownValue { fact, value })?;

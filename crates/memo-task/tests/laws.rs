@@ -294,14 +294,14 @@ fn the_first_pair_is_the_same_on_every_platform() {
 
 /// Written by this crate; a change of it changes every figure measured on the task.
 const FIRST_TRAIN_PAIR: &str = "Memo:
-Place: London
-Goods: 14 crates of apples
-Day: Tuesday
-From: Anna
-Time: 12:00
-To: Peter
-Summary: 14 crates of apples go to Peter on Tuesday at 12:00, as you know.
- Laura ships crates to Clara. They land in London this Tuesday at 12:00. That is all we know.";
+From: Laura
+Place: Paris
+Day: Friday
+Time: 11:00
+Goods: 40 crates of lamps
+To: Hansen
+Summary: Laura forwards 40 crates of lamps to Hansen, once again, in Paris at 11:00. They land on Friday.
+ 40 crates of lamps journey in Paris on Friday to Hansen from Laura. That is all we know.";
 
 #[test]
 fn memos_survive_json_and_prompts() {
