@@ -1,1 +1,5 @@
-//! benches
+//! Criterion benchmarks: one file under `benches/benches/` for each question.
+//!
+//! `cargo bench -p benches` runs all of them, `cargo bench -p benches --bench lm` one file, and a
+//! word behind `--` only the ids that hold it. An id holds the size, and every timing ends after
+//! the device is done.
