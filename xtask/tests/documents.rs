@@ -123,12 +123,12 @@ fn the_guide_names_every_key_of_a_recipe() {
 #[test]
 fn the_guide_names_every_flag() {
     let source = read(&root().join("crates/trainer/src/main.rs"));
-    let declarations = source.split("#[arg(long").skip(1);
+    let attributes = source.split("#[arg(").skip(1);
+    let declarations = attributes.filter_map(|text| text.split_once(")]"));
     let words = code_words();
     let mut n_flags = 0;
-    for declaration in declarations {
-        // The attribute ends at its line's end, and the field is the first one after it.
-        let flag = fields(declaration, "    ")[0].replace('_', "-");
+    for (_, after) in declarations.filter(|(options, _)| options.contains("long")) {
+        let flag = fields(after, "    ")[0].replace('_', "-");
         assert!(
             words.contains(&flag),
             "no page of the book names the flag `--{flag}`"
