@@ -4,47 +4,58 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::process::Command;
 
-use cargo_metadata::{CargoOpt, Dependency, DependencyKind, Metadata, MetadataCommand};
+use serde_json::Value;
 
 /// Names of the workspace's crates.
 type Names = BTreeSet<String>;
 
-/// The workspace as cargo sees it, asked without dependencies so that no network is needed.
-fn metadata() -> Metadata {
-    MetadataCommand::new()
-        .manifest_path(root().join("Cargo.toml"))
-        .features(CargoOpt::AllFeatures)
-        .no_deps()
-        .exec()
-        .unwrap()
+/// The workspace's packages as cargo sees them; no other is asked for, so no network is needed.
+fn packages() -> Vec<Value> {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--no-deps", "--format-version", "1"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let mut metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
+    match metadata["packages"].take() {
+        Value::Array(packages) => packages,
+        other => panic!("expected a list of packages, got {other}"),
+    }
 }
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
-fn is_built_in(dependency: &&Dependency) -> bool {
-    dependency.kind != DependencyKind::Development
+fn name(value: &Value) -> &str {
+    value["name"].as_str().unwrap()
 }
 
-/// Each crate's dependencies here, those of tests and examples left out.
-fn dependencies(metadata: &Metadata) -> BTreeMap<String, Names> {
-    let members: Names = metadata
-        .packages
-        .iter()
-        .map(|p| p.name.to_string())
-        .collect();
-    let of = |package: &cargo_metadata::Package| {
-        let built_in = package.dependencies.iter().filter(is_built_in);
-        built_in
-            .map(|dependency| dependency.name.clone())
+/// What a package depends on, for tests and examples alone left out.
+fn built_in(package: &Value) -> impl Iterator<Item = &Value> {
+    let dependencies = package["dependencies"].as_array().unwrap().iter();
+    dependencies.filter(|dependency| dependency["kind"] != "dev")
+}
+
+/// Each crate's dependencies here.
+fn dependencies(packages: &[Value]) -> BTreeMap<String, Names> {
+    let members: Names = packages.iter().map(|p| name(p).to_string()).collect();
+    let of = |package| {
+        built_in(package)
+            .map(|dependency| name(dependency).to_string())
             .filter(|name| members.contains(name))
             .collect()
     };
-    let packages = metadata.packages.iter();
+    let packages = packages.iter();
     packages
-        .map(|package| (package.name.to_string(), of(package)))
+        .map(|package| (name(package).to_string(), of(package)))
         .collect()
 }
 
@@ -93,7 +104,7 @@ fn table() -> BTreeMap<String, Row> {
 
 #[test]
 fn the_dependency_table_says_what_cargo_says() {
-    let (table, found) = (table(), dependencies(&metadata()));
+    let (table, found) = (table(), dependencies(&packages()));
     let named = |keys: Vec<&String>| keys.into_iter().cloned().collect::<Names>();
     assert_eq!(named(table.keys().collect()), named(found.keys().collect()));
     for (name, row) in &table {
@@ -119,56 +130,50 @@ fn dependencies_point_to_rows_above() {
 
 #[test]
 fn crates_without_tensors_do_not_reach_burn() {
-    let metadata = metadata();
-    let here = dependencies(&metadata);
+    let packages = packages();
+    let here = dependencies(&packages);
     // A crate and all that it reaches inside the workspace.
-    let reach = |name: &String| {
-        let (mut seen, mut left) = (Names::new(), vec![name.clone()]);
-        while let Some(name) = left.pop() {
-            left.extend(here[&name].iter().cloned());
-            seen.insert(name);
+    let reach = |from: &String| {
+        let (mut seen, mut left) = (Names::new(), vec![from.clone()]);
+        while let Some(next) = left.pop() {
+            left.extend(here[&next].iter().cloned());
+            seen.insert(next);
         }
         seen
     };
-    for (name, row) in table().iter().filter(|(_, row)| row.depends_on.is_some()) {
-        let reached = reach(name);
-        let packages = metadata
-            .packages
-            .iter()
-            .filter(|p| reached.contains(p.name.as_str()));
+    let listed = table();
+    for (from, row) in listed.iter().filter(|(_, row)| row.depends_on.is_some()) {
+        let reached = reach(from);
         let burn = packages
-            .flat_map(|package| package.dependencies.iter().filter(is_built_in))
-            .any(|dependency| dependency.name.starts_with("burn"));
-        assert_eq!(burn, row.burn, "{name}");
+            .iter()
+            .filter(|package| reached.contains(name(package)))
+            .flat_map(built_in)
+            .any(|dependency| name(dependency).starts_with("burn"));
+        assert_eq!(burn, row.burn, "{from}");
     }
 }
 
 #[test]
 fn only_the_trainer_chooses_a_backend() {
-    let is_backend = |feature: &&String| {
-        ["flex", "wgpu", "cuda", "vulkan", "metal", "rocm", "tch"].contains(&feature.as_str())
-    };
-    for package in metadata().packages {
-        let dependencies = package.dependencies.iter().filter(is_built_in);
-        for burn in dependencies.filter(|dependency| dependency.name == "burn") {
-            let chosen: Vec<_> = burn.features.iter().filter(is_backend).collect();
-            assert_eq!(
-                chosen,
-                Vec::<&String>::new(),
-                "dependency burn of {}",
-                package.name
-            );
+    let backends = ["flex", "wgpu", "cuda", "vulkan", "metal", "rocm", "tch"];
+    for package in packages() {
+        for burn in built_in(&package).filter(|dependency| name(dependency) == "burn") {
+            let features = burn["features"].as_array().unwrap();
+            let chosen = features
+                .iter()
+                .any(|feature| backends.iter().any(|backend| feature == backend));
+            assert!(!chosen, "dependency burn of {}", name(&package));
         }
-        let forwards = package
-            .features
-            .values()
+        let forwarded = package["features"].as_object().unwrap().values();
+        let flex = forwarded
+            .filter_map(Value::as_array)
             .flatten()
-            .any(|f| f == "burn/flex");
+            .any(|feature| feature == "burn/flex");
         assert_eq!(
-            forwards,
-            *package.name == "trainer",
+            flex,
+            name(&package) == "trainer",
             "features of {}",
-            package.name
+            name(&package)
         );
     }
 }
