@@ -5,6 +5,11 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::{Mutex, PoisonError};
+
+/// A process that one test starts may for a moment hold the other's half-written program open, and
+/// an open program does not start.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// A target directory with a copy of xtask and a program that says what it was given.
 fn target(name: &str) -> PathBuf {
@@ -36,6 +41,7 @@ fn xtask(target: &Path, cargo: &Path, args: &[&str]) -> Output {
 
 #[test]
 fn arguments_folder_and_exit_code_are_the_programs_own() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let target = target("hand_over");
     let args = ["train", "--device", "cuda:1", "--data", "a b"];
     let output = xtask(&target, &target.join("cargo"), &args);
@@ -52,6 +58,7 @@ fn arguments_folder_and_exit_code_are_the_programs_own() {
 
 #[test]
 fn a_failed_build_starts_nothing() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let target = target("failed_build");
     script(&target.join("cargo"), "exit 1");
     let output = xtask(&target, &target.join("cargo"), &["train"]);
