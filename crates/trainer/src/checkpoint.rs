@@ -1,6 +1,7 @@
 //! Checkpoints: whole or not there, and checked before they are believed.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use lm::Transformer;
 use lm::files::{write_atomically, write_folder_atomically};
-use lm::weights::{HostTensor, WeightFiles, write_safetensors};
+use lm::weights::{HostTensor, SINGLE_FILE, WeightFiles, write_safetensors};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -30,7 +31,7 @@ pub struct Position {
     pub seconds: f64,
     /// Updates that the optimizer has made.
     pub optimizer_steps: usize,
-    /// Digest of the recipe, so that a checkpoint of another run is not taken for this one's.
+    /// Digest of recipe, data and model, so that a checkpoint of another run is not taken for this one's.
     pub recipe: String,
 }
 
@@ -94,7 +95,7 @@ pub fn newest(
             Ok(_) => {
                 return Err(TrainError::checkpoint(
                     &path,
-                    "made by another recipe; give --out another folder, or the old recipe",
+                    "made with another recipe, data or model; give --out another folder, or the old ones",
                 ));
             }
             Err(error) => damaged.push(error.to_string()),
@@ -150,11 +151,21 @@ pub fn write_manifest(folder: &Path) -> std::io::Result<()> {
 pub fn verify_files(folder: &Path) -> Result<(), TrainError> {
     let damaged = |reason: String| TrainError::checkpoint(folder, reason);
     let manifest = folder.join(MANIFEST);
-    let text = std::fs::read(&manifest).map_err(|e| damaged(format!("{MANIFEST}: {e}")))?;
+    let text =
+        std::fs::read(&manifest).map_err(|e| damaged(format!("damaged: {MANIFEST}: {e}")))?;
     let digests: BTreeMap<String, String> = serde_json::from_slice(&text)
         .map_err(|error| damaged(format!("damaged: {MANIFEST}: {error}")))?;
+    let stray = std::fs::read_dir(folder)
+        .map_err(TrainError::io(folder))?
+        .filter_map(Result::ok)
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .find(|name| name != MANIFEST && !digests.contains_key(name));
+    if let Some(name) = stray {
+        return Err(damaged(format!("damaged: {name} is not in {MANIFEST}")));
+    }
     for (name, expected) in &digests {
-        let found = digest(&folder.join(name)).map_err(|e| damaged(format!("{name}: {e}")))?;
+        let found =
+            digest(&folder.join(name)).map_err(|e| damaged(format!("damaged: {name}: {e}")))?;
         if found != *expected {
             return Err(damaged(format!(
                 "damaged: {name} does not have the content it was written with"
@@ -164,8 +175,56 @@ pub fn verify_files(folder: &Path) -> Result<(), TrainError> {
     Ok(())
 }
 
+/// Removes what a killed process was writing: entries of a folder that begin with `.tmp-`.
+///
+/// No other process may be at work in the folder.
+///
+/// # Errors
+///
+/// Any error of the file system but a missing folder.
+pub fn clean(folder: &Path) -> Result<(), TrainError> {
+    if !folder.is_dir() {
+        return Ok(());
+    }
+    for entry in std::fs::read_dir(folder).map_err(TrainError::io(folder))? {
+        let path = entry.map_err(TrainError::io(folder))?.path();
+        if path.file_name().is_some_and(is_temporary) {
+            let removed = if path.is_dir() {
+                std::fs::remove_dir_all(&path)
+            } else {
+                std::fs::remove_file(&path)
+            };
+            removed.map_err(TrainError::io(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a name is one under which files and folders are filled before they are renamed.
+pub(crate) fn is_temporary(name: &OsStr) -> bool {
+    name.to_string_lossy().starts_with(".tmp-")
+}
+
+/// Removes every checkpoint of a stage.
+///
+/// # Errors
+///
+/// Any error of the file system.
+pub fn forget(folder: &Path, stage: &str) -> Result<(), TrainError> {
+    for (_, path) in list(folder, stage)? {
+        std::fs::remove_dir_all(&path).map_err(TrainError::io(&path))?;
+    }
+    Ok(())
+}
+
 fn verify(path: &Path) -> Result<Position, TrainError> {
     verify_files(path)?;
+    // A manifest that lists too little would vouch for nothing.
+    for name in [POSITION, OPTIMIZER, "config.json", SINGLE_FILE] {
+        if !path.join(name).is_file() {
+            return Err(TrainError::checkpoint(path, format!("damaged: no {name}")));
+        }
+    }
     let text = std::fs::read(path.join(POSITION)).map_err(TrainError::io(path))?;
     serde_json::from_slice(&text)
         .map_err(|error| TrainError::checkpoint(path, format!("damaged: {POSITION}: {error}")))
@@ -179,7 +238,9 @@ fn list(folder: &Path, stage: &str) -> Result<Vec<(usize, PathBuf)>, TrainError>
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(TrainError::io(folder))? {
         let path = entry.map_err(TrainError::io(folder))?.path();
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+        let name = path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned());
         let step = name
             .as_deref()
             .and_then(|name| name.strip_prefix(stage)?.strip_prefix('-')?.parse().ok());
@@ -196,7 +257,8 @@ fn write_json(path: &Path, value: &impl Serialize) -> std::io::Result<()> {
     write_atomically(path, |file| file.write_all(text.as_bytes()))
 }
 
-fn digest(path: &Path) -> std::io::Result<String> {
+/// The SHA-256 digest of a file, in hexadecimal.
+pub(crate) fn digest(path: &Path) -> std::io::Result<String> {
     let mut hasher = Sha256::new();
     std::io::copy(&mut File::open(path)?, &mut HashWriter(&mut hasher))?;
     Ok(hex(&hasher.finalize()))

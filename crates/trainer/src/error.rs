@@ -37,17 +37,26 @@ pub enum TrainError {
     /// The report.
     #[error(transparent)]
     Report(#[from] report::ReportError),
-    /// A loss that is not a number; training stops before the weights are touched.
-    #[error("{stage} step {step}: the loss is {loss}; rows of the batch: {rows:?}")]
+    /// A loss, gradient or logp that is not a number; training stops before the weights are
+    /// touched.
+    #[error("{place}: expected a finite {what}, got {value}{}", of_rows(rows))]
     NotFinite {
-        /// The stage.
-        stage: &'static str,
-        /// The step, from 1.
-        step: usize,
-        /// The loss or gradient norm.
-        loss: f64,
-        /// Rows of the data, from 0.
+        /// The stage and its step, from 1; or the reference's logps.
+        place: String,
+        /// The quantity.
+        what: &'static str,
+        /// Its value.
+        value: f64,
+        /// The rows that it was computed from.
         rows: Vec<usize>,
+    },
+    /// A data file as a whole, where the reason does not name it.
+    #[error("{path}: {source}")]
+    DataFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: lm::data::DataError,
     },
     /// A checkpoint that is damaged or belongs to another run.
     #[error("checkpoint {path}: {reason}")]
@@ -83,10 +92,29 @@ impl TrainError {
         }
     }
 
+    /// The same error with indices of examples turned into rows of the data.
+    pub(crate) fn with_rows(mut self, row: impl Fn(usize) -> usize) -> Self {
+        if let Self::NotFinite { rows, .. } = &mut self {
+            for index in rows {
+                *index = row(*index);
+            }
+        }
+        self
+    }
+
     pub(crate) fn checkpoint(path: &Path, reason: impl Into<String>) -> Self {
         Self::Checkpoint {
             path: path.to_path_buf(),
             reason: reason.into(),
         }
     }
+}
+
+/// The rows that a value was computed from, in words; nothing for none.
+fn of_rows(rows: &[usize]) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let rows: Vec<String> = rows.iter().map(usize::to_string).collect();
+    format!("; rows of the data, from 0: {}", rows.join(", "))
 }

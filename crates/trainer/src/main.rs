@@ -33,7 +33,12 @@ struct TrainArgs {
     #[arg(long, value_name = "DIR", requires = "data")]
     model: Option<PathBuf>,
     /// Preference pairs: JSON lines, a JSON array, or Parquet.
-    #[arg(long, value_name = "FILE", requires = "model", conflicts_with = "recipe")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "model",
+        conflicts_with = "recipe"
+    )]
     data: Option<PathBuf>,
     /// Held-out preference pairs.
     #[arg(long, value_name = "FILE", requires = "data")]
@@ -88,10 +93,21 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", one_line(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes, each said once: most of our errors already end with their cause.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn run_train(args: &TrainArgs) -> anyhow::Result<()> {

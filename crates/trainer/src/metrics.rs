@@ -30,7 +30,9 @@ impl MetricsLog {
             .filter(|line| {
                 let stage = line.get("stage").and_then(Value::as_str);
                 let step = line.get("step").and_then(Value::as_u64);
-                stage.zip(step).is_some_and(|(stage, step)| keep(stage, step as usize))
+                stage
+                    .zip(step)
+                    .is_some_and(|(stage, step)| keep(stage, step as usize))
             })
             .map(|line| Value::Object(line).to_string())
             .collect();
@@ -46,6 +48,15 @@ impl MetricsLog {
             path: path.to_path_buf(),
             file,
         })
+    }
+
+    /// Flushes the lines to disk, so that a checkpoint never knows of steps that the log lost.
+    ///
+    /// # Errors
+    ///
+    /// Any error of the file system, a full disk among them.
+    pub fn sync(&self) -> Result<(), TrainError> {
+        self.file.sync_data().map_err(TrainError::io(&self.path))
     }
 
     /// Appends a line.
@@ -87,12 +98,21 @@ mod tests {
     fn reopening_keeps_what_is_asked_for_and_drops_a_cut_line() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        let lines = "{\"stage\":\"sft\",\"step\":1}\n{\"stage\":\"sft\",\"step\":2}\n{\"stage\":\"sf";
+        let lines =
+            "{\"stage\":\"sft\",\"step\":1}\n{\"stage\":\"sft\",\"step\":2}\n{\"stage\":\"sf";
         std::fs::write(&path, lines).unwrap();
         let mut log = MetricsLog::open(&path, |_, step| step <= 1).unwrap();
-        log.write([("stage".into(), "sft".into()), ("step".into(), 2.into())].into_iter().collect())
-            .unwrap();
-        let steps: Vec<_> = read(&path).unwrap().iter().map(|line| line["step"].clone()).collect();
+        log.write(
+            [("stage".into(), "sft".into()), ("step".into(), 2.into())]
+                .into_iter()
+                .collect(),
+        )
+        .unwrap();
+        let steps: Vec<_> = read(&path)
+            .unwrap()
+            .iter()
+            .map(|line| line["step"].clone())
+            .collect();
         assert_eq!(steps, [1, 2]);
     }
 }

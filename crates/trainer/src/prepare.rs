@@ -5,7 +5,7 @@ use std::path::Path;
 use burn::tensor::Device;
 use lm::chat::ChatTemplate;
 use lm::data::{
-    DataReport, PreferencePair, SftExample, TokenizeOptions, read_preferences,
+    DataError, DataReport, PreferencePair, SftExample, TokenizeOptions, read_preferences,
     tokenize_pairs_observed,
 };
 use lm::tokenizer::Tokenizer;
@@ -167,7 +167,15 @@ fn prepare_files(
             }
         };
         let tokenized =
-            tokenize_pairs_observed(&rows, &tokenizer, template.as_ref(), &options, &observe)?;
+            tokenize_pairs_observed(&rows, &tokenizer, template.as_ref(), &options, &observe)
+                .map_err(|error| match error {
+                    // The one error about rows that does not say where they are.
+                    DataError::AllDropped { .. } => TrainError::DataFile {
+                        path: path.to_path_buf(),
+                        source: error,
+                    },
+                    error => error.into(),
+                })?;
         if let Ok(progress) = progress.into_inner() {
             progress.finish();
         }

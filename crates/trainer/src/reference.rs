@@ -8,6 +8,7 @@ use lm::data::PreferencePair;
 use lm::weights::{HostTensor, WeightFiles, write_safetensors};
 use lm::{CompletionBatch, Transformer};
 
+use crate::checkpoint::digest_of;
 use crate::error::TrainError;
 use crate::progress::Progress;
 
@@ -68,22 +69,32 @@ impl ReferenceLogps {
         let tensors: BTreeMap<String, HostTensor> = [
             ("chosen".to_string(), host(&self.chosen)),
             ("rejected".to_string(), host(&self.rejected)),
-            // The key is the tensor's name, so that a file of another key does not read.
-            (format!("key.{key}"), host(&[])),
+            // Key and digest are a tensor's name, so that a file of another key, or with other
+            // values than were written, does not read.
+            (self.seal(key), host(&[])),
         ]
         .into();
         write_safetensors(path, &tensors, &Default::default())?;
         Ok(())
     }
 
-    /// Reads logps that were written under the same key for as many pairs.
+    /// Reads logps that were written under the same key for as many pairs; nothing where the file
+    /// is missing, damaged, or of another key.
     pub fn read(path: &Path, key: &str, n_pairs: usize) -> Option<Self> {
         let files = WeightFiles::open_file(path).ok()?;
-        files.shape(&format!("key.{key}"))?;
-        Some(Self {
+        let logps = Self {
             chosen: files.read("chosen", &[n_pairs]).ok()?.values,
             rejected: files.read("rejected", &[n_pairs]).ok()?.values,
-        })
+        };
+        files.shape(&logps.seal(key))?;
+        Some(logps)
+    }
+
+    /// The key with a digest of the values.
+    fn seal(&self, key: &str) -> String {
+        let values = self.chosen.iter().chain(&self.rejected);
+        let bytes: Vec<u8> = values.flat_map(|value| value.to_le_bytes()).collect();
+        format!("key.{key}.{}", digest_of(&bytes))
     }
 }
 
@@ -96,7 +107,9 @@ pub fn pair_batch<'a>(
     pairs: impl Iterator<Item = &'a PreferencePair> + Clone,
     device: &Device,
 ) -> CompletionBatch {
-    let chosen = pairs.clone().map(|pair| (&pair.prompt_ids[..], &pair.chosen_ids[..]));
+    let chosen = pairs
+        .clone()
+        .map(|pair| (&pair.prompt_ids[..], &pair.chosen_ids[..]));
     let rejected = pairs.map(|pair| (&pair.prompt_ids[..], &pair.rejected_ids[..]));
     let rows: Vec<(&[u32], &[u32])> = chosen.chain(rejected).collect();
     CompletionBatch::new(&rows, device)

@@ -1,6 +1,7 @@
 //! A run from recipe to report.
 
-use std::io::Write;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -56,13 +57,16 @@ pub fn train(recipe: &Recipe, options: &RunOptions) -> Result<Finished, TrainErr
     let device = crate::device::device(&options.device)?;
     let folder = choose_folder(recipe, options)?;
     let resolved = recipe.to_toml()?;
+    check_folder(&folder, &resolved, options.resume)?;
     // Data and model are read before the folder is made, so that bad input leaves nothing behind.
     let prepared = prepare(recipe, &device)?;
-    begin_folder(&folder, &resolved, options.resume)?;
+    let inputs = inputs_digest(&prepared, recipe)?;
+    let lock = begin_folder(&folder, &resolved, &inputs, options.resume)?;
     eprintln!("run: {}", folder.display());
     let run = Run {
         recipe,
-        digest: digest_of(resolved.as_bytes()),
+        digest: digest_of(format!("{resolved}{inputs}").as_bytes()),
+        _lock: lock,
         folder,
         device,
         prepared,
@@ -73,16 +77,25 @@ pub fn train(recipe: &Recipe, options: &RunOptions) -> Result<Finished, TrainErr
 
 struct Run<'a> {
     recipe: &'a Recipe,
+    /// Digest of recipe, data and model.
     digest: String,
+    /// Held as long as the run is at work in its folder.
+    _lock: File,
     folder: PathBuf,
     device: Device,
     prepared: Prepared,
     session: Instant,
 }
 
+/// The stage after fine-tuning, and the parts of its data.
+const PREFERENCE: &str = "preference";
+const TRAIN: &str = "train";
+const EVAL: &str = "eval";
+
 /// Names of what a run's folder holds.
 mod names {
     pub(super) const RECIPE: &str = "recipe.toml";
+    pub(super) const INPUTS: &str = "inputs.sha256";
     pub(super) const METRICS: &str = "metrics.jsonl";
     pub(super) const SUMMARY: &str = "summary.json";
     pub(super) const REPORT: &str = "report.html";
@@ -96,7 +109,11 @@ fn choose_folder(recipe: &Recipe, options: &RunOptions) -> Result<PathBuf, Train
         return Ok(out.clone());
     }
     let candidate = |number: usize| {
-        let suffix = if number == 1 { String::new() } else { format!("-{number}") };
+        let suffix = if number == 1 {
+            String::new()
+        } else {
+            format!("-{number}")
+        };
         Path::new("runs").join(format!("{}{suffix}", recipe.name))
     };
     let free = (1..)
@@ -112,28 +129,128 @@ fn choose_folder(recipe: &Recipe, options: &RunOptions) -> Result<PathBuf, Train
     }
 }
 
-fn begin_folder(folder: &Path, resolved: &str, resume: bool) -> Result<(), TrainError> {
-    let path = folder.join(names::RECIPE);
-    if resume {
-        let old = std::fs::read_to_string(&path).map_err(TrainError::io(&path))?;
-        if old != resolved {
-            return Err(TrainError::RunFolder {
-                path: folder.to_path_buf(),
-                reason: "its recipe.toml differs from this one; resume with the same recipe".into(),
-            });
-        }
-        return Ok(());
-    }
-    let taken = std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some());
-    if taken {
-        return Err(TrainError::RunFolder {
+/// Refuses a folder that the run cannot use; writes nothing.
+fn check_folder(folder: &Path, resolved: &str, resume: bool) -> Result<(), TrainError> {
+    let refuse = |reason: &str| {
+        Err(TrainError::RunFolder {
             path: folder.to_path_buf(),
-            reason: "not empty; give --resume to go on with the run, or --out another folder".into(),
-        });
+            reason: reason.into(),
+        })
+    };
+    if resume {
+        let path = folder.join(names::RECIPE);
+        return match std::fs::read_to_string(&path) {
+            Ok(old) if old == resolved => Ok(()),
+            Ok(_) => refuse("its recipe.toml differs from this one; resume with the same recipe"),
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                refuse("no run to resume; leave --resume out to begin one")
+            }
+            Err(error) => Err(TrainError::io(&path)(error)),
+        };
     }
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(TrainError::io(folder)(error)),
+    };
+    for entry in entries {
+        let name = entry.map_err(TrainError::io(folder))?.file_name();
+        // A run that was killed before its recipe was written has left at most these.
+        if name != names::INPUTS && !checkpoint::is_temporary(&name) {
+            return refuse(
+                "not empty; give --resume to go on with the run, or --out another folder",
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Makes the folder, or enters it again, and keeps other processes out of it.
+fn begin_folder(
+    folder: &Path,
+    resolved: &str,
+    inputs: &str,
+    resume: bool,
+) -> Result<File, TrainError> {
     std::fs::create_dir_all(folder).map_err(TrainError::io(folder))?;
-    write_atomically(&path, |file| file.write_all(resolved.as_bytes()))
-        .map_err(TrainError::io(&path))
+    let refuse = |reason: &str| {
+        Err(TrainError::RunFolder {
+            path: folder.to_path_buf(),
+            reason: reason.into(),
+        })
+    };
+    let path = folder.join(names::INPUTS);
+    let mut lock = OpenOptions::new()
+        .read(true)
+        .append(true)
+        .create(true)
+        .open(&path)
+        .map_err(TrainError::io(&path))?;
+    // The system lets go of the lock when the process ends, however it ends. Where a file system
+    // has no locks, the run goes on without.
+    if let Err(TryLockError::WouldBlock) = lock.try_lock() {
+        return refuse("another process is at work in it");
+    }
+    check_folder(folder, resolved, resume)?;
+    checkpoint::clean(folder)?;
+    checkpoint::clean(&folder.join(names::CHECKPOINTS))?;
+    let mut old = String::new();
+    lock.read_to_string(&mut old)
+        .map_err(TrainError::io(&path))?;
+    if old.trim_end() != inputs {
+        if resume {
+            return refuse("its data or model have changed since the run began; begin a new run");
+        }
+        lock.set_len(0)
+            .and_then(|()| writeln!(lock, "{inputs}"))
+            .and_then(|()| lock.sync_all())
+            .map_err(TrainError::io(&path))?;
+    }
+    if !resume {
+        let path = folder.join(names::RECIPE);
+        write_atomically(&path, |file| file.write_all(resolved.as_bytes()))
+            .map_err(TrainError::io(&path))?;
+    }
+    Ok(lock)
+}
+
+/// A digest of what a recipe names but does not hold: the tokens of the data, and the files of
+/// the model to begin with.
+fn inputs_digest(prepared: &Prepared, recipe: &Recipe) -> Result<String, TrainError> {
+    let mut bytes = Vec::new();
+    let mut add = |ids: &[u32]| {
+        bytes.extend((ids.len() as u64).to_le_bytes());
+        bytes.extend(ids.iter().flat_map(|id| id.to_le_bytes()));
+    };
+    for example in &prepared.sft {
+        add(&example.prompt_ids);
+        add(&example.completion_ids);
+    }
+    for pair in prepared.train.iter().chain(&prepared.eval) {
+        add(&pair.prompt_ids);
+        add(&pair.chosen_ids);
+        add(&pair.rejected_ids);
+    }
+    for (_, prompt) in prepared.task.iter().flat_map(|task| &task.prompts) {
+        add(prompt);
+    }
+    let mut digests = digest_of(&bytes);
+    if let Some(folder) = &recipe.model.path {
+        let entries = std::fs::read_dir(folder).map_err(TrainError::io(folder))?;
+        let mut files: Vec<PathBuf> = entries
+            .filter_map(Result::ok)
+            .map(|entry| entry.path())
+            .filter(|path| {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                name == "config.json" || name.ends_with(".safetensors")
+            })
+            .collect();
+        files.sort();
+        for path in files {
+            digests += &checkpoint::digest(&path).map_err(TrainError::io(&path))?;
+        }
+    }
+    Ok(digest_of(digests.as_bytes()))
 }
 
 impl Run<'_> {
@@ -152,22 +269,46 @@ impl Run<'_> {
     fn finish(&self, options: &RunOptions, resolved: &str) -> Result<Finished, TrainError> {
         let reference = self.fine_tune()?;
         let (policy, done) = self.prefer(&reference)?;
-        write_model(&self.path(names::MODEL), &policy, &self.prepared.tokenizer)?;
+        write_model(
+            &self.path(names::MODEL),
+            &policy,
+            &self.prepared.tokenizer,
+            false,
+        )?;
 
         let mut summary = Map::new();
         let lines = crate::metrics::read(&self.path(names::METRICS))?;
-        let last = lines.iter().rev().find(|line| line.contains_key("eval_loss"));
+        let last = lines
+            .iter()
+            .rev()
+            .find(|line| line.contains_key("eval_loss"));
         if let Some(last) = last {
-            summary.insert("eval_reward_accuracy".into(), last["eval_rewards/accuracies"].clone());
-            summary.insert("eval_reward_margin".into(), last["eval_rewards/margins"].clone());
+            summary.insert(
+                "eval_reward_accuracy".into(),
+                last["eval_rewards/accuracies"].clone(),
+            );
+            summary.insert(
+                "eval_reward_margin".into(),
+                last["eval_rewards/margins"].clone(),
+            );
             summary.insert("n_eval_pairs".into(), self.prepared.eval.len().into());
         }
         let judged = self.judge(&reference, &policy, &mut summary)?;
-        let pairs = (done.step * self.recipe.preference.batch_size * self.recipe.preference.accumulation)
-            .min((self.recipe.preference.epochs * self.prepared.train.len() as f64).ceil() as usize);
-        summary.insert("pairs_per_second".into(), (pairs as f64 / done.seconds).into());
+        let pairs = (done.step
+            * self.recipe.preference.batch_size
+            * self.recipe.preference.accumulation)
+            .min(
+                (self.recipe.preference.epochs * self.prepared.train.len() as f64).ceil() as usize,
+            );
+        summary.insert(
+            "pairs_per_second".into(),
+            (pairs as f64 / done.seconds).into(),
+        );
         summary.insert("preference_seconds".into(), done.seconds.into());
-        summary.insert("wall_seconds".into(), self.session.elapsed().as_secs_f64().into());
+        summary.insert(
+            "wall_seconds".into(),
+            self.session.elapsed().as_secs_f64().into(),
+        );
         if let Some(bytes) = peak_rss_bytes() {
             summary.insert("peak_rss_bytes".into(), bytes.into());
         }
@@ -202,8 +343,22 @@ impl Run<'_> {
             return Ok(self.prepared.model.clone());
         };
         let finished = self.path(names::SFT);
-        if finished.join("config.json").is_file() {
-            return Ok(Transformer::read(&finished, &self.device)?);
+        if finished.exists() {
+            match checkpoint::verify_files(&finished) {
+                Ok(()) => return Ok(Transformer::read(&finished, &self.device)?),
+                Err(error) => eprintln!("warning: {error}; passed over"),
+            }
+        }
+        // Nothing of the next stage may outlive the weights that it began with.
+        checkpoint::forget(&self.path(names::CHECKPOINTS), PREFERENCE)?;
+        for split in [TRAIN, EVAL] {
+            let path = self.logps_path(split);
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => {
+                    return Err(TrainError::io(&path)(error));
+                }
+                _ => {}
+            }
         }
         let stage = Stage {
             name: "sft",
@@ -222,25 +377,27 @@ impl Run<'_> {
         let mut log = self.log(|at, step| at == stage.name && step <= done.step)?;
         let checkpoints = self.path(names::CHECKPOINTS);
         let examples = &self.prepared.sft;
-        stage.run(
-            &mut learner,
-            done,
-            &mut log,
-            &self.place(&checkpoints),
-            |model, batch| {
-                let rows: Vec<(&[u32], &[u32])> = batch
-                    .iter()
-                    .map(|&index| {
-                        let example = &examples[index];
-                        (&example.prompt_ids[..], &example.completion_ids[..])
-                    })
-                    .collect();
-                sft_micro_batch(model, &CompletionBatch::new(&rows, &self.device))
-            },
-            |_| Ok(Map::new()),
-        )?;
+        stage
+            .run(
+                &mut learner,
+                done,
+                &mut log,
+                &self.place(&checkpoints),
+                |model, batch| {
+                    let rows: Vec<(&[u32], &[u32])> = batch
+                        .iter()
+                        .map(|&index| {
+                            let example = &examples[index];
+                            (&example.prompt_ids[..], &example.completion_ids[..])
+                        })
+                        .collect();
+                    sft_micro_batch(model, &CompletionBatch::new(&rows, &self.device))
+                },
+                |_| Ok(Map::new()),
+            )
+            .map_err(|error| error.with_rows(|index| examples[index].row))?;
         let model = learner.snapshot();
-        write_model(&finished, &model, &self.prepared.tokenizer)?;
+        write_model(&finished, &model, &self.prepared.tokenizer, true)?;
         Ok(model)
     }
 
@@ -248,10 +405,10 @@ impl Run<'_> {
     fn prefer(&self, reference: &Transformer) -> Result<(Transformer, Done), TrainError> {
         let recipe = &self.recipe.preference;
         let (train, eval) = (&self.prepared.train, &self.prepared.eval);
-        let train_logps = self.reference_logps(reference, train, "train", recipe)?;
-        let eval_logps = self.reference_logps(reference, eval, "eval", recipe)?;
+        let train_logps = self.reference_logps(reference, train, TRAIN, recipe)?;
+        let eval_logps = self.reference_logps(reference, eval, EVAL, recipe)?;
         let stage = Stage {
-            name: "preference",
+            name: PREFERENCE,
             unit: "pairs",
             n_examples: train.len(),
             epochs: recipe.epochs,
@@ -264,9 +421,8 @@ impl Run<'_> {
         };
         let optimizer = AdamW::new(&recipe.optimizer);
         let (mut learner, done) = self.begin(&stage, reference.clone(), optimizer)?;
-        let mut log = self.log(|at, step| {
-            at != stage.name || (step <= done.step && done.step > 0)
-        })?;
+        let mut log =
+            self.log(|at, step| at != stage.name || (step <= done.step && done.step > 0))?;
         let checkpoints = self.path(names::CHECKPOINTS);
         let done = stage.run(
             &mut learner,
@@ -275,7 +431,8 @@ impl Run<'_> {
             &self.place(&checkpoints),
             |model, batch| {
                 let pairs = batch.iter().map(|&index| &train[index]);
-                let pick = |values: &[f32]| -> Vec<f32> { batch.iter().map(|&i| values[i]).collect() };
+                let pick =
+                    |values: &[f32]| -> Vec<f32> { batch.iter().map(|&i| values[i]).collect() };
                 let (chosen, rejected) = (pick(&train_logps.chosen), pick(&train_logps.rejected));
                 preference_micro_batch(
                     model,
@@ -285,9 +442,16 @@ impl Run<'_> {
                 )
             },
             |model| {
-                Ok(preference_metrics(model, eval, &eval_logps, recipe.beta, recipe.eval_batch_size))
+                Ok(preference_metrics(
+                    model,
+                    eval,
+                    &eval_logps,
+                    recipe.beta,
+                    recipe.eval_batch_size,
+                ))
             },
-        )?;
+        );
+        let done = done.map_err(|error| error.with_rows(|index| train[index].row))?;
         Ok((learner.snapshot(), done))
     }
 
@@ -298,14 +462,33 @@ impl Run<'_> {
         split: &str,
         recipe: &PreferenceRecipe,
     ) -> Result<ReferenceLogps, TrainError> {
-        let path = self.path(&format!("reference_logps.{split}.safetensors"));
+        let path = self.logps_path(split);
         if let Some(logps) = ReferenceLogps::read(&path, &self.digest, pairs.len()) {
             return Ok(logps);
         }
+        if path.exists() {
+            let path = path.display();
+            eprintln!("warning: {path}: damaged; the logps are computed again");
+        }
         let label = format!("reference logps, {split}");
         let logps = ReferenceLogps::compute(reference, pairs, recipe.eval_batch_size, &label);
+        let sides = logps.chosen.iter().zip(&logps.rejected).zip(pairs);
+        for ((chosen, rejected), pair) in sides {
+            if let Some(value) = [chosen, rejected].into_iter().find(|x| !x.is_finite()) {
+                return Err(TrainError::NotFinite {
+                    place: label,
+                    what: "logp",
+                    value: f64::from(*value),
+                    rows: vec![pair.row],
+                });
+            }
+        }
         logps.write(&path, &self.digest)?;
         Ok(logps)
+    }
+
+    fn logps_path(&self, split: &str) -> PathBuf {
+        self.path(&format!("reference_logps.{split}.safetensors"))
     }
 
     /// A learner at the stage's newest whole checkpoint, or at its start.
@@ -387,14 +570,20 @@ impl Run<'_> {
 }
 
 /// Writes a Hugging Face folder, weights, configuration and tokenizer, whole or not at all.
+///
+/// A manifest lets a later session tell whether the folder is still as it was written.
 fn write_model(
     path: &Path,
     model: &Transformer,
     tokenizer: &Tokenizer,
+    manifest: bool,
 ) -> Result<(), TrainError> {
     write_folder_atomically(path, |inner| -> Result<(), ModelIo> {
         tokenizer.save(inner)?;
         model.write(inner)?;
+        if manifest {
+            checkpoint::write_manifest(inner)?;
+        }
         Ok(())
     })
     .map_err(|error| match error {

@@ -73,7 +73,12 @@ impl Stage<'_> {
     }
 
     fn order(&self) -> Order {
-        Order::new(self.n_examples, self.batch_size, self.accumulation, self.seed)
+        Order::new(
+            self.n_examples,
+            self.batch_size,
+            self.accumulation,
+            self.seed,
+        )
     }
 
     /// Trains to the end of the stage.
@@ -83,7 +88,7 @@ impl Stage<'_> {
     /// # Errors
     ///
     /// A loss that is not a number (the weights are then untouched, and the last checkpoint is
-    /// whole), or any error of the file system.
+    /// whole; the error's rows are indices of examples), or any error of the file system.
     pub fn run(
         &self,
         learner: &mut Learner,
@@ -115,11 +120,15 @@ impl Stage<'_> {
                 micro(model, &batches[index])
             });
             if !outcome.updated {
-                let bad = if outcome.loss.is_finite() { outcome.grad_norm } else { outcome.loss };
+                let (what, value) = if outcome.loss.is_finite() {
+                    ("gradient norm", outcome.grad_norm)
+                } else {
+                    ("loss", outcome.loss)
+                };
                 return Err(TrainError::NotFinite {
-                    stage: self.name,
-                    step: done.step + 1,
-                    loss: bad,
+                    place: format!("{} step {}", self.name, done.step + 1),
+                    what,
+                    value,
                     rows: batches.concat(),
                 });
             }
@@ -138,7 +147,10 @@ impl Stage<'_> {
                 line.insert((*name).into(), (*value).into());
             }
             line.insert("num_tokens".into(), done.n_tokens.into());
-            line.insert(format!("{}_per_second", self.unit), (examples as f64 / seconds).into());
+            line.insert(
+                format!("{}_per_second", self.unit),
+                (examples as f64 / seconds).into(),
+            );
             log.write(line)?;
             progress.advance(examples, &format!("loss {:.4}", outcome.loss));
             let last = done.step == n_steps;
@@ -146,7 +158,7 @@ impl Stage<'_> {
                 self.log_evaluation(learner, done.step, log, &mut evaluate)?;
             }
             let every = place.saving.every;
-            if every > 0 && done.step.is_multiple_of(every) && !last {
+            if last || (every > 0 && done.step.is_multiple_of(every)) {
                 let position = Position {
                     stage: self.name.to_string(),
                     step: done.step,
@@ -155,6 +167,7 @@ impl Stage<'_> {
                     optimizer_steps: learner.optimizer.steps(),
                     recipe: place.recipe.to_string(),
                 };
+                log.sync()?;
                 checkpoint::save(place.checkpoints, place.saving.keep, learner, &position)?;
             }
         }
@@ -182,6 +195,15 @@ impl Stage<'_> {
         let values = evaluate(&learner.snapshot())?;
         if values.is_empty() {
             return Ok(());
+        }
+        // JSON has no NaN: what is not a number has become null.
+        if values.get("eval_loss").is_some_and(Value::is_null) {
+            return Err(TrainError::NotFinite {
+                place: format!("{} step {step}, evaluation", self.name),
+                what: "loss",
+                value: f64::NAN,
+                rows: Vec::new(),
+            });
         }
         let mut line = self.line(step);
         line.extend(values);

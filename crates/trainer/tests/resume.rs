@@ -1,0 +1,475 @@
+//! A run that is killed and resumed ends as one that was left alone, and damage is told by name.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests unwrap as tests do")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use common::{
+    TINY, contents, copy, fail, metrics, names, succeed, summary, temporary, train, write,
+};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Longest wait for a moment of a run, for a machine under load.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Tries to kill a run in a moment of milliseconds before the test gives up.
+const TRIES: usize = 20;
+
+/// Values of `summary.json` that tell of the machine and not of the run.
+const OF_THE_MACHINE: [&str; 4] = [
+    "pairs_per_second",
+    "preference_seconds",
+    "wall_seconds",
+    "peak_rss_bytes",
+];
+
+/// A finished run that nothing broke off, made once for all tests of this file.
+fn unbroken() -> &'static Path {
+    static RUN: OnceLock<PathBuf> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("resume");
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir_all(&folder).unwrap();
+        let recipe = write(&folder, "tiny.toml", TINY);
+        let out = folder.join("unbroken");
+        succeed(&mut train(&recipe, &out));
+        out
+    })
+}
+
+/// A folder with the recipe, and a place for a run in it.
+fn place() -> (TempDir, PathBuf, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = write(folder.path(), "tiny.toml", TINY);
+    let out = folder.path().join("run");
+    (folder, recipe, out)
+}
+
+/// A run whose process died after training, before the judgement: all but the last files.
+fn nearly_finished() -> (TempDir, PathBuf, PathBuf) {
+    let (folder, recipe, out) = place();
+    copy(unbroken(), &out);
+    for name in ["summary.json", "report.html"] {
+        std::fs::remove_file(out.join(name)).unwrap();
+    }
+    std::fs::remove_dir_all(out.join("model")).unwrap();
+    (folder, recipe, out)
+}
+
+/// Asserts that two runs have the same metrics, weights, samples and summary.
+fn assert_same(run: &Path) {
+    let expected = unbroken();
+    let lines = |run: &Path| -> Vec<_> {
+        let mut lines = metrics(run);
+        for line in &mut lines {
+            line.retain(|key, _| !key.ends_with("_per_second"));
+        }
+        lines
+    };
+    let (ours, theirs) = (lines(run), lines(expected));
+    assert_eq!(ours.len(), theirs.len());
+    for (ours, theirs) in ours.iter().zip(&theirs) {
+        assert_eq!(ours, theirs);
+    }
+    for name in [
+        "recipe.toml",
+        "inputs.sha256",
+        "sft/model.safetensors",
+        "model/model.safetensors",
+        "model/config.json",
+        "model/tokenizer.json",
+        "reference_logps.train.safetensors",
+        "reference_logps.eval.safetensors",
+    ] {
+        let read = |run: &Path| std::fs::read(run.join(name)).unwrap();
+        assert!(read(run) == read(expected), "{name} differs");
+    }
+    let plain = |run: &Path| {
+        let mut summary = summary(run);
+        summary.retain(|key, _| !OF_THE_MACHINE.contains(&key.as_str()));
+        summary
+    };
+    assert_eq!(plain(run), plain(expected));
+    assert!(run.join("report.html").is_file());
+    assert_eq!(
+        names(&run.join("checkpoints")),
+        names(&expected.join("checkpoints"))
+    );
+    assert_eq!(temporary(run), None, "nothing half-written stays behind");
+}
+
+/// Starts a run and waits for a moment of it.
+///
+/// The process may have ended by then; killing it is then without effect.
+fn wait_for(recipe: &Path, out: &Path, mut moment: impl FnMut() -> bool) -> Child {
+    let mut child = train(recipe, out)
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the program starts");
+    let began = Instant::now();
+    while !moment() && child.try_wait().unwrap().is_none() {
+        assert!(began.elapsed() < PATIENCE, "the moment never came");
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    child
+}
+
+/// Kills a run with SIGKILL when `moment` has come.
+fn kill_at(recipe: &Path, out: &Path, moment: impl FnMut() -> bool) {
+    let mut child = wait_for(recipe, out, moment);
+    child.kill().unwrap();
+    let status = child.wait().unwrap();
+    assert!(!status.success(), "the run ended before it could be killed");
+}
+
+/// Whether the log has come to a step of a stage.
+fn at_step(out: &Path, stage: &str, step: u64) -> bool {
+    metrics(out)
+        .iter()
+        .any(|line| line["stage"] == stage && line["step"].as_u64().unwrap() >= step)
+}
+
+fn resume(recipe: &Path, out: &Path) -> String {
+    succeed(train(recipe, out).arg("--resume"))
+}
+
+#[test]
+fn killed_in_fine_tuning_between_checkpoints() {
+    let (_folder, recipe, out) = place();
+    kill_at(&recipe, &out, || at_step(&out, "sft", 8));
+    assert!(!out.join("sft").exists());
+    let said = resume(&recipe, &out);
+    assert!(
+        said.contains("resuming from") && said.contains("sft-0000"),
+        "{said}"
+    );
+    assert_same(&out);
+}
+
+#[test]
+fn killed_before_the_first_checkpoint() {
+    let (_folder, recipe, out) = place();
+    kill_at(&recipe, &out, || at_step(&out, "sft", 1));
+    resume(&recipe, &out);
+    assert_same(&out);
+}
+
+#[test]
+fn killed_in_the_preference_stage() {
+    let (_folder, recipe, out) = place();
+    kill_at(&recipe, &out, || at_step(&out, "preference", 7));
+    assert!(!out.join("model").exists());
+    let said = resume(&recipe, &out);
+    assert!(said.contains("preference-0000"), "{said}");
+    assert_same(&out);
+}
+
+#[test]
+fn killed_inside_a_checkpoint_write() {
+    for _ in 0..TRIES {
+        let (_folder, recipe, out) = place();
+        let checkpoints = out.join("checkpoints");
+        // The second checkpoint, so that there is a whole one to go back to.
+        kill_at(&recipe, &out, || {
+            checkpoints.join("sft-000005").exists() && temporary(&checkpoints).is_some()
+        });
+        if temporary(&checkpoints).is_none() {
+            continue; // The write ended before the signal came.
+        }
+        resume(&recipe, &out);
+        assert_same(&out);
+        return;
+    }
+    panic!("{TRIES} runs were killed, none of them inside a write");
+}
+
+#[test]
+fn killed_twice_and_again_after_the_fine_tuned_model_was_written() {
+    let (_folder, recipe, out) = place();
+    kill_at(&recipe, &out, || at_step(&out, "sft", 12));
+    // A kill while resuming: the second process of the run goes on, is killed too.
+    let mut child = train(&recipe, &out)
+        .arg("--resume")
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let began = Instant::now();
+    while !out.join("sft").exists() {
+        assert!(began.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!out.join("model").exists());
+    resume(&recipe, &out);
+    assert_same(&out);
+}
+
+#[test]
+fn killed_after_training_before_the_judgement_is_written() {
+    let (_folder, recipe, out) = place();
+    kill_at(&recipe, &out, || out.join("model").exists());
+    assert!(!out.join("summary.json").exists());
+    resume(&recipe, &out);
+    assert_same(&out);
+}
+
+#[test]
+#[cfg(unix)]
+fn interrupted_from_the_keyboard() {
+    let (_folder, recipe, out) = place();
+    let mut child = wait_for(&recipe, &out, || at_step(&out, "preference", 3));
+    let kill = std::process::Command::new("sh")
+        .args(["-c", &format!("kill -INT {}", child.id())])
+        .status()
+        .unwrap();
+    assert!(kill.success());
+    assert!(!child.wait().unwrap().success());
+    // Nothing under its final name is half-written.
+    for folder in names(&out.join("checkpoints")) {
+        if !folder.starts_with(".tmp-") {
+            trainer::checkpoint::verify_files(&out.join("checkpoints").join(folder)).unwrap();
+        }
+    }
+    assert!(!out.join("model").exists() && !out.join("summary.json").exists());
+    resume(&recipe, &out);
+    assert_same(&out);
+}
+
+#[test]
+fn what_a_killed_process_was_writing_is_not_believed_and_cleared_away() {
+    let (_folder, recipe, out) = nearly_finished();
+    let half = out.join("checkpoints/.tmp-half/new");
+    std::fs::create_dir_all(&half).unwrap();
+    write(&half, "model.safetensors", [1, 2, 3]);
+    write(&out, ".tmp-summary", "{");
+    let log = out.join("metrics.jsonl");
+    let text = std::fs::read_to_string(&log).unwrap();
+    // The log ends in the middle of a line, and has lines of steps after the newest checkpoint.
+    std::fs::remove_dir_all(out.join("checkpoints/preference-000020")).unwrap();
+    std::fs::write(&log, text + "{\"stage\":\"preference\",\"st").unwrap();
+    let said = resume(&recipe, &out);
+    assert!(said.contains("preference-000015"), "{said}");
+    // The second-newest is not made again; the newest two are 15 and 20 as before.
+    assert_same(&out);
+}
+
+#[test]
+fn a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used() {
+    let flip = |file: PathBuf| {
+        let mut bytes = std::fs::read(&file).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&file, bytes).unwrap();
+    };
+    let cut = |file: PathBuf| {
+        let bytes = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &bytes[..bytes.len() - 7]).unwrap();
+    };
+    type Damage<'a> = &'a dyn Fn(&Path);
+    let damages: [(&str, Damage<'_>); 7] = [
+        ("model.safetensors", &|folder| {
+            flip(folder.join("model.safetensors"))
+        }),
+        ("optimizer.safetensors", &|folder| {
+            cut(folder.join("optimizer.safetensors"))
+        }),
+        ("config.json", &|folder| {
+            std::fs::remove_file(folder.join("config.json")).unwrap()
+        }),
+        ("position.json", &|folder| {
+            flip(folder.join("position.json"))
+        }),
+        ("manifest.json", &|folder| cut(folder.join("manifest.json"))),
+        ("manifest.json", &|folder| {
+            std::fs::remove_file(folder.join("manifest.json")).unwrap()
+        }),
+        // A manifest that lists nothing vouches for nothing.
+        ("manifest.json", &|folder| {
+            write(folder, "manifest.json", "{}");
+        }),
+    ];
+    for (file, damage) in damages {
+        let (_folder, recipe, out) = nearly_finished();
+        let newest = out.join("checkpoints/preference-000020");
+        damage(&newest);
+        let said = resume(&recipe, &out);
+        let warning = said.lines().find(|line| line.starts_with("warning: "));
+        let warning = warning.unwrap_or_else(|| panic!("{file}: {said}"));
+        for part in ["preference-000020", "damaged", file, "passed over"] {
+            assert!(warning.contains(part), "{warning}");
+        }
+        assert!(said.contains("resuming from"), "{said}");
+        assert!(said.contains("preference-000015"), "{said}");
+        assert_same(&out);
+    }
+}
+
+#[test]
+fn a_stage_without_a_whole_checkpoint_begins_again() {
+    let (_folder, recipe, out) = nearly_finished();
+    for step in ["000015", "000020"] {
+        write(
+            &out.join(format!("checkpoints/preference-{step}")),
+            "config.json",
+            "{}",
+        );
+    }
+    let said = resume(&recipe, &out);
+    assert_eq!(said.matches("warning: checkpoint").count(), 2, "{said}");
+    assert!(!said.contains("resuming from"), "{said}");
+    assert_same(&out);
+}
+
+#[test]
+fn a_damaged_fine_tuned_model_is_made_again_with_all_that_hangs_on_it() {
+    let (_folder, recipe, out) = nearly_finished();
+    let path = out.join("sft/model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let said = resume(&recipe, &out);
+    assert!(
+        said.contains("warning: ") && said.contains("sft: damaged"),
+        "{said}"
+    );
+    assert!(said.contains("sft-000024"), "{said}");
+    assert_same(&out);
+}
+
+#[test]
+fn damaged_reference_logps_are_computed_again() {
+    let (_folder, recipe, out) = nearly_finished();
+    for checkpoint in ["preference-000015", "preference-000020"] {
+        std::fs::remove_dir_all(out.join("checkpoints").join(checkpoint)).unwrap();
+    }
+    // The header stays right, so that only the digest of the values can tell.
+    let path = out.join("reference_logps.train.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let said = resume(&recipe, &out);
+    assert!(
+        said.contains("reference_logps.train.safetensors: damaged"),
+        "{said}"
+    );
+    assert_same(&out);
+}
+
+#[test]
+fn resuming_a_finished_run_changes_no_result() {
+    let (_folder, recipe, out) = place();
+    copy(unbroken(), &out);
+    resume(&recipe, &out);
+    assert_same(&out);
+}
+
+#[test]
+fn only_the_newest_checkpoints_are_kept() {
+    let kept = names(&unbroken().join("checkpoints"));
+    assert_eq!(
+        kept,
+        [
+            "preference-000015",
+            "preference-000020",
+            "sft-000020",
+            "sft-000024"
+        ]
+    );
+}
+
+#[test]
+fn another_recipe_cannot_resume_a_run() {
+    let (folder, recipe, out) = nearly_finished();
+    let before = contents(&out);
+    let other = write(
+        folder.path(),
+        "other.toml",
+        TINY.replace("seed = 3", "seed = 4"),
+    );
+    let error = fail(train(&other, &out).arg("--resume"));
+    assert!(error.contains("recipe.toml differs"), "{error}");
+    let error = fail(train(&recipe, &out).args(["--resume", "--beta", "0.2"]));
+    assert!(error.contains("recipe.toml differs"), "{error}");
+    assert!(contents(&out) == before);
+}
+
+#[test]
+fn changed_data_cannot_resume_a_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = common::model_folder(folder.path(), "qwen2");
+    let pairs = std::fs::read_to_string(common::testdata("trl/pairs.jsonl")).unwrap();
+    let data = write(folder.path(), "pairs.jsonl", &pairs);
+    let out = folder.path().join("run");
+    succeed(&mut common::train_on(&model, &data, &out));
+    let before = contents(&out);
+    std::fs::write(
+        &data,
+        pairs.replacen("chosen\": \" 17", "chosen\": \" 18", 1),
+    )
+    .unwrap();
+    let error = fail(common::train_on(&model, &data, &out).arg("--resume"));
+    assert!(error.contains("data or model have changed"), "{error}");
+    std::fs::write(&data, pairs).unwrap();
+    let weights = model.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&weights, &bytes).unwrap();
+    let error = fail(common::train_on(&model, &data, &out).arg("--resume"));
+    assert!(error.contains("data or model have changed"), "{error}");
+    assert!(contents(&out) == before);
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&weights, &bytes).unwrap();
+    succeed(common::train_on(&model, &data, &out).arg("--resume"));
+}
+
+#[test]
+fn a_checkpoint_of_another_run_is_refused() {
+    let (_folder, recipe, out) = nearly_finished();
+    let path = out.join("checkpoints/preference-000020");
+    let position = path.join("position.json");
+    let text = std::fs::read_to_string(&position).unwrap();
+    let mut value: Value = serde_json::from_str(&text).unwrap();
+    value["recipe"] = "another".into();
+    std::fs::write(&position, value.to_string()).unwrap();
+    std::fs::remove_file(path.join("manifest.json")).unwrap();
+    trainer::checkpoint::write_manifest(&path).unwrap();
+    let error = fail(train(&recipe, &out).arg("--resume"));
+    assert!(error.contains("made with another recipe"), "{error}");
+}
+
+#[test]
+fn a_second_run_into_the_same_folder_is_refused_and_changes_nothing() {
+    let (_folder, recipe, out) = place();
+    copy(unbroken(), &out);
+    let before = contents(&out);
+    let error = fail(&mut train(&recipe, &out));
+    assert!(error.contains("not empty"), "{error}");
+    assert!(contents(&out) == before);
+}
+
+#[test]
+fn nothing_can_be_resumed_where_nothing_was_begun() {
+    let (_folder, recipe, out) = place();
+    let error = fail(train(&recipe, &out).arg("--resume"));
+    assert!(error.contains("no run to resume"), "{error}");
+    assert!(!out.exists());
+}
+
+#[test]
+fn two_processes_are_never_at_work_in_one_folder() {
+    let (_folder, recipe, out) = place();
+    let mut first = wait_for(&recipe, &out, || at_step(&out, "sft", 1));
+    let second = train(&recipe, &out).arg("--resume").output().unwrap();
+    let said = common::stderr(&second);
+    assert!(!second.status.success(), "{said}");
+    assert!(said.contains("another process is at work in it"), "{said}");
+    assert!(first.wait().unwrap().success());
+    assert_same(&out);
+}
