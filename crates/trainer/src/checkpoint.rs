@@ -65,7 +65,10 @@ pub fn save(
         Ok(())
     })
     .map_err(|error| match error {
-        CheckpointIo::Io(source) => TrainError::io(&path)(source),
+        // The name under which it was being filled would tell nobody anything.
+        CheckpointIo::Io(source) | CheckpointIo::Model(lm::LmError::Io { source, .. }) => {
+            TrainError::io(&path)(source)
+        }
         CheckpointIo::Model(error) => error.into(),
     })?;
     let mut older = list(folder, &position.stage)?;

@@ -587,7 +587,12 @@ fn write_model(
         Ok(())
     })
     .map_err(|error| match error {
-        ModelIo::Io(source) => TrainError::io(path)(source),
+        // The name under which it was being filled would tell nobody anything.
+        ModelIo::Io(source)
+        | ModelIo::Model(lm::LmError::Io { source, .. })
+        | ModelIo::Tokenizer(lm::tokenizer::TokenizerError::Io { source, .. }) => {
+            TrainError::io(path)(source)
+        }
         ModelIo::Model(error) => error.into(),
         ModelIo::Tokenizer(error) => error.into(),
     })

@@ -361,7 +361,8 @@ impl ParquetSource {
 }
 
 fn parse(bytes: &[u8], location: impl Fn() -> Location) -> Result<Value, DataError> {
-    serde_json::from_slice(bytes).map_err(|error| {
+    // Without the line's end, at which a row that stops too early would be told of the next line.
+    serde_json::from_slice(bytes.trim_ascii_end()).map_err(|error| {
         // The parser counts lines from the row's own start.
         let text = error.to_string();
         let what = text.split(" at line ").next().unwrap_or(&text).to_owned();
