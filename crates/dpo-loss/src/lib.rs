@@ -11,6 +11,11 @@
 //! | a batch of completions, padded | [`TokenLogps`] |
 //! | summed logps of chosen and rejected | [`PairLogps`] |
 //! | the DPO loss | [`dpo_loss`] |
+//! | all losses of a batch of pairs, by name | [`Objectives`], [`LossConfig`], [`PairBatch`] |
+//! | each of them as a function | [`Objective`] lists them |
+//! | other divergences from the reference | [`Divergence`] |
+//! | labels on single completions | [`UnpairedObjective`], [`kto_loss`] |
+//! | per-position KL, squared probabilities | [`position_kls`], [`log_sum_sq_probs`] |
 //! | entropy, mean logit, top-1 hits | [`token_stats`] |
 //!
 //! ```
@@ -28,11 +33,37 @@
 //! assert!((loss - 0.313_262).abs() < 1e-6); // -ln sigmoid(1)
 //! ```
 
+mod divergence;
+mod error;
+mod likelihood;
 mod logps;
+mod margin;
+mod objective;
+mod objectives;
+mod pair;
+mod pointwise;
 mod sigmoid;
+mod sorted;
 mod stats;
+mod token_level;
+mod unpaired;
 
+pub use divergence::Divergence;
+pub use error::LossError;
+pub use likelihood::{cpo_loss, orpo_loss, reference_free_loss, sft_loss, simpo_loss};
 pub use logps::{PairLogps, TokenLogps, token_logps};
+pub use margin::{conservative_loss, discopop_loss, exo_loss, hinge_loss, ipo_loss, robust_loss};
 pub use mdp_core::Beta;
+pub use objective::{Objective, Optimum, ReferenceNeed};
+pub use objectives::{LossConfig, Needs, Objectives, likelihood_weights};
+pub use pair::{PairBatch, PairInputs, PairTable, PairTokens, ReferenceLogps};
+pub use pointwise::{
+    apo_down_loss, apo_zero_loss, bco_loss, dpo_positive_loss, nca_loss, sppo_loss,
+};
 pub use sigmoid::dpo_loss;
-pub use stats::{TokenStats, token_stats};
+pub use sorted::{aot_loss, aot_unpaired_loss};
+pub use stats::{TokenStats, log_sum_sq_probs, position_kls, token_stats};
+pub use token_level::{
+    Contrast, contrastive_weights, step_loss, tdpo1_loss, tdpo2_loss, token_weighted_loss,
+};
+pub use unpaired::{UnpairedBatch, UnpairedLoss, UnpairedObjective, kl_estimate, kto_loss};

@@ -31,6 +31,37 @@ pub fn token_stats(logits: Tensor<2>, targets: Tensor<1, Int>) -> TokenStats {
     }
 }
 
+/// `log Σ_v π(v|s)²` at each row of logits `[rows, vocab]`; `[rows]`, without gradient.
+///
+/// The log-probability that a token drawn from the policy gets on average; WPO, equation 2 of Zhou et
+/// al. (2024), arXiv 2406.11827, compares the tokens of a completion with it.
+pub fn log_sum_sq_probs(logits: Tensor<2>) -> Tensor<1> {
+    let logits = logits.detach();
+    let [rows, _] = logits.dims();
+    let (shifted, log_total) = shifted_log_total(logits);
+    let squares = shifted.mul_scalar(2.0).exp().sum_dim(1).log();
+    (squares - log_total.mul_scalar(2.0)).reshape([rows])
+}
+
+/// `KL(p ‖ q)` of the distributions at each row of two tables of logits, `[rows, vocab]` each;
+/// `[rows]`, nats. Gradients pass to both.
+///
+/// With `p` the reference and `q` the policy these are the KLs of TDPO.
+///
+/// # Panics
+///
+/// If the shapes differ.
+pub fn position_kls(p: Tensor<2>, q: Tensor<2>) -> Tensor<1> {
+    assert_eq!(p.dims(), q.dims(), "two distributions of one vocabulary");
+    let [rows, _] = p.dims();
+    let logps = |logits: Tensor<2>| {
+        let (shifted, log_total) = shifted_log_total(logits);
+        shifted - log_total
+    };
+    let (p, q) = (logps(p), logps(q));
+    (p.clone().exp() * (p - q)).sum_dim(1).reshape([rows])
+}
+
 #[cfg(test)]
 mod tests {
     use burn::tensor::Device;
