@@ -79,21 +79,27 @@ pub fn save(
     Ok(path)
 }
 
-/// The newest whole checkpoint of a stage, and a line about each damaged one that was passed over.
+/// What [`newest`] found.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Newest {
+    /// The newest whole checkpoint, if there is one, and where the run stood.
+    pub whole: Option<(PathBuf, Position)>,
+    /// A line about each newer one that is damaged.
+    pub damaged: Vec<String>,
+}
+
+/// The newest whole checkpoint of a stage, and the damaged ones that were passed over.
 ///
 /// # Errors
 ///
 /// A checkpoint of another recipe, or any error of the file system.
-pub fn newest(
-    folder: &Path,
-    stage: &str,
-    recipe: &str,
-) -> Result<(Option<(PathBuf, Position)>, Vec<String>), TrainError> {
-    let mut damaged = Vec::new();
+pub fn newest(folder: &Path, stage: &str, recipe: &str) -> Result<Newest, TrainError> {
+    let mut newest = Newest::default();
     for (_, path) in list(folder, stage)?.into_iter().rev() {
         match verify(&path) {
             Ok(position) if position.recipe == recipe => {
-                return Ok((Some((path, position)), damaged));
+                newest.whole = Some((path, position));
+                break;
             }
             Ok(_) => {
                 return Err(TrainError::checkpoint(
@@ -101,10 +107,10 @@ pub fn newest(
                     "made with another recipe, data or model; give --out another folder, or the old ones",
                 ));
             }
-            Err(error) => damaged.push(error.to_string()),
+            Err(error) => newest.damaged.push(error.to_string()),
         }
     }
-    Ok((None, damaged))
+    Ok(newest)
 }
 
 /// Reads a checkpoint that [`newest`] has found whole.

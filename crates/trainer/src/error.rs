@@ -56,7 +56,7 @@ pub enum TrainError {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
-        source: lm::data::DataError,
+        source: Box<lm::data::DataError>,
     },
     /// A checkpoint that is damaged or belongs to another run.
     #[error("checkpoint {path}: {reason}")]

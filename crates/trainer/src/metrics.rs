@@ -11,7 +11,7 @@ use crate::error::TrainError;
 
 /// The open log of a run.
 #[derive(Debug)]
-pub struct MetricsLog {
+pub(crate) struct MetricsLog {
     path: PathBuf,
     file: File,
 }
@@ -24,7 +24,10 @@ impl MetricsLog {
     /// # Errors
     ///
     /// Any error of the file system.
-    pub fn open(path: &Path, keep: impl Fn(&str, usize) -> bool) -> Result<Self, TrainError> {
+    pub(crate) fn open(
+        path: &Path,
+        keep: impl Fn(&str, usize) -> bool,
+    ) -> Result<Self, TrainError> {
         let kept: Vec<String> = read(path)?
             .into_iter()
             .filter(|line| {
@@ -55,7 +58,7 @@ impl MetricsLog {
     /// # Errors
     ///
     /// Any error of the file system, a full disk among them.
-    pub fn sync(&self) -> Result<(), TrainError> {
+    pub(crate) fn sync(&self) -> Result<(), TrainError> {
         self.file.sync_data().map_err(TrainError::io(&self.path))
     }
 
@@ -64,7 +67,7 @@ impl MetricsLog {
     /// # Errors
     ///
     /// Any error of the file system, a full disk among them.
-    pub fn write(&mut self, line: Map<String, Value>) -> Result<(), TrainError> {
+    pub(crate) fn write(&mut self, line: Map<String, Value>) -> Result<(), TrainError> {
         // One call, so that a line is never interleaved with another process's.
         let text = format!("{}\n", Value::Object(line));
         self.file
@@ -78,7 +81,7 @@ impl MetricsLog {
 /// # Errors
 ///
 /// Any error of the file system but a missing file.
-pub fn read(path: &Path) -> Result<Vec<Map<String, Value>>, TrainError> {
+pub(crate) fn read(path: &Path) -> Result<Vec<Map<String, Value>>, TrainError> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),

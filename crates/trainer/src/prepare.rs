@@ -172,7 +172,7 @@ fn prepare_files(
                     // The one error about rows that does not say where they are.
                     DataError::AllDropped { .. } => TrainError::DataFile {
                         path: path.to_path_buf(),
-                        source: error,
+                        source: Box::new(error),
                     },
                     error => error.into(),
                 })?;

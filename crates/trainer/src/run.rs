@@ -499,11 +499,11 @@ impl Run<'_> {
         optimizer: AdamW,
     ) -> Result<(Learner, Done), TrainError> {
         let checkpoints = self.path(names::CHECKPOINTS);
-        let (newest, damaged) = checkpoint::newest(&checkpoints, stage.name, &self.digest)?;
-        for line in damaged {
+        let newest = checkpoint::newest(&checkpoints, stage.name, &self.digest)?;
+        for line in newest.damaged {
             eprintln!("warning: {line}; passed over");
         }
-        let Some((path, position)) = newest else {
+        let Some((path, position)) = newest.whole else {
             return Ok((Learner::new(model, optimizer), Done::default()));
         };
         eprintln!("resuming from {}", path.display());

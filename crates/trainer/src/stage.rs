@@ -16,7 +16,7 @@ use crate::recipe::{CheckpointRecipe, OptimizerRecipe};
 
 /// A stage's numbers.
 #[derive(Debug)]
-pub struct Stage<'a> {
+pub(crate) struct Stage<'a> {
     /// `sft` or `preference`.
     pub name: &'static str,
     /// What a unit of progress is called.
@@ -41,7 +41,7 @@ pub struct Stage<'a> {
 
 /// Where a stage writes.
 #[derive(Debug)]
-pub struct Place<'a> {
+pub(crate) struct Place<'a> {
     /// Folder of the checkpoints.
     pub checkpoints: &'a Path,
     /// How often to save, and how much to keep.
@@ -52,7 +52,7 @@ pub struct Place<'a> {
 
 /// Where a stage stands, from 0 or from a checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Done {
+pub(crate) struct Done {
     /// Steps done.
     pub step: usize,
     /// Tokens seen.
@@ -63,7 +63,7 @@ pub struct Done {
 
 impl Stage<'_> {
     /// Steps of the whole stage.
-    pub fn n_steps(&self) -> usize {
+    pub(crate) fn n_steps(&self) -> usize {
         let per_epoch = self.order().steps_per_epoch();
         let steps = (self.epochs * per_epoch as f64).ceil() as usize;
         match self.max_steps {
@@ -89,7 +89,7 @@ impl Stage<'_> {
     ///
     /// A loss that is not a number (the weights are then untouched, and the last checkpoint is
     /// whole; the error's rows are indices of examples), or any error of the file system.
-    pub fn run(
+    pub(crate) fn run(
         &self,
         learner: &mut Learner,
         mut done: Done,
