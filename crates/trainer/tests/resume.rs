@@ -104,28 +104,40 @@ fn assert_same(run: &Path) {
     assert_eq!(temporary(run), None, "nothing half-written stays behind");
 }
 
-/// Starts a run and waits for a moment of it.
-///
-/// The process may have ended by then; killing it is then without effect.
-fn wait_for(recipe: &Path, out: &Path, mut moment: impl FnMut() -> bool) -> Child {
-    let mut child = train(recipe, out)
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("the program starts");
+/// Waits for a moment of a run, or for its end.
+fn wait_for(child: &mut Child, moment: impl Fn() -> bool) {
     let began = Instant::now();
     while !moment() && child.try_wait().unwrap().is_none() {
         assert!(began.elapsed() < PATIENCE, "the moment never came");
         std::thread::sleep(Duration::from_micros(200));
     }
-    child
 }
 
-/// Kills a run with SIGKILL when `moment` has come.
-fn kill_at(recipe: &Path, out: &Path, moment: impl FnMut() -> bool) {
-    let mut child = wait_for(recipe, out, moment);
+/// Ends a process by SIGKILL.
+fn kill(child: &mut Child) {
     child.kill().unwrap();
-    let status = child.wait().unwrap();
-    assert!(!status.success(), "the run ended before it could be killed");
+}
+
+/// Starts a run in a fresh folder and ends it when `moment` has come to the folder of the run.
+///
+/// Moments are short and the signal takes its time, so runs are tried until one was in time:
+/// `in_time` still holds for the folder when the process is gone.
+fn ended_at(
+    end: impl Fn(&mut Child),
+    moment: impl Fn(&Path) -> bool,
+    in_time: impl Fn(&Path) -> bool,
+) -> (TempDir, PathBuf, PathBuf) {
+    for _ in 0..TRIES {
+        let (folder, recipe, out) = place();
+        let mut child = train(&recipe, &out).stderr(Stdio::null()).spawn().unwrap();
+        wait_for(&mut child, || moment(&out));
+        end(&mut child);
+        let status = child.wait().unwrap();
+        if !status.success() && moment(&out) && in_time(&out) {
+            return (folder, recipe, out);
+        }
+    }
+    panic!("of {TRIES} runs none was ended in time");
 }
 
 /// Whether the log has come to a step of a stage.
@@ -141,103 +153,123 @@ fn resume(recipe: &Path, out: &Path) -> String {
 
 #[test]
 fn killed_in_fine_tuning_between_checkpoints() {
-    let (_folder, recipe, out) = place();
-    kill_at(&recipe, &out, || at_step(&out, "sft", 8));
-    assert!(!out.join("sft").exists());
-    let said = resume(&recipe, &out);
-    assert!(
-        said.contains("resuming from") && said.contains("sft-0000"),
-        "{said}"
+    let (_folder, recipe, out) = ended_at(
+        kill,
+        |out| at_step(out, "sft", 8),
+        |out| !out.join("sft").exists() && temporary(out).is_none(),
     );
+    let said = resume(&recipe, &out);
+    assert!(said.contains("resuming from"), "{said}");
+    assert!(said.contains("checkpoints/sft-0000"), "{said}");
     assert_same(&out);
 }
 
 #[test]
 fn killed_before_the_first_checkpoint() {
-    let (_folder, recipe, out) = place();
-    kill_at(&recipe, &out, || at_step(&out, "sft", 1));
-    resume(&recipe, &out);
+    let (_folder, recipe, out) = ended_at(
+        kill,
+        |out| at_step(out, "sft", 1),
+        |out| !out.join("checkpoints/sft-000005").exists(),
+    );
+    let said = resume(&recipe, &out);
+    assert!(!said.contains("resuming from"), "{said}");
     assert_same(&out);
 }
 
 #[test]
 fn killed_in_the_preference_stage() {
-    let (_folder, recipe, out) = place();
-    kill_at(&recipe, &out, || at_step(&out, "preference", 7));
-    assert!(!out.join("model").exists());
+    let (_folder, recipe, out) = ended_at(
+        kill,
+        |out| at_step(out, "preference", 7),
+        |out| !out.join("checkpoints/preference-000020").exists(),
+    );
     let said = resume(&recipe, &out);
-    assert!(said.contains("preference-0000"), "{said}");
+    assert!(said.contains("checkpoints/preference-0000"), "{said}");
     assert_same(&out);
 }
 
 #[test]
 fn killed_inside_a_checkpoint_write() {
-    for _ in 0..TRIES {
-        let (_folder, recipe, out) = place();
-        let checkpoints = out.join("checkpoints");
+    let (_folder, recipe, out) = ended_at(
+        kill,
         // The second checkpoint, so that there is a whole one to go back to.
-        kill_at(&recipe, &out, || {
+        |out| {
+            let checkpoints = out.join("checkpoints");
             checkpoints.join("sft-000005").exists() && temporary(&checkpoints).is_some()
-        });
-        if temporary(&checkpoints).is_none() {
-            continue; // The write ended before the signal came.
-        }
-        resume(&recipe, &out);
-        assert_same(&out);
-        return;
-    }
-    panic!("{TRIES} runs were killed, none of them inside a write");
+        },
+        |_| true,
+    );
+    let said = resume(&recipe, &out);
+    assert!(said.contains("resuming from"), "{said}");
+    assert_same(&out);
 }
 
 #[test]
-fn killed_twice_and_again_after_the_fine_tuned_model_was_written() {
-    let (_folder, recipe, out) = place();
-    kill_at(&recipe, &out, || at_step(&out, "sft", 12));
-    // A kill while resuming: the second process of the run goes on, is killed too.
-    let mut child = train(&recipe, &out)
-        .arg("--resume")
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let began = Instant::now();
-    while !out.join("sft").exists() {
-        assert!(began.elapsed() < PATIENCE);
-        std::thread::sleep(Duration::from_micros(200));
+fn killed_when_the_fine_tuned_model_is_there_and_no_reference_logps() {
+    let (_folder, recipe, out) = ended_at(
+        kill,
+        |out| out.join("sft").exists(),
+        |out| !out.join("reference_logps.eval.safetensors").exists(),
+    );
+    resume(&recipe, &out);
+    assert_same(&out);
+}
+
+#[test]
+fn killed_again_while_resuming() {
+    let (_folder, recipe, out) = ended_at(
+        kill,
+        |out| at_step(out, "sft", 12),
+        |out| !out.join("sft").exists(),
+    );
+    for step in [3, 12] {
+        let mut child = train(&recipe, &out)
+            .arg("--resume")
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        wait_for(&mut child, || at_step(&out, "preference", step));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert!(!out.join("model").exists());
     resume(&recipe, &out);
     assert_same(&out);
 }
 
 #[test]
 fn killed_after_training_before_the_judgement_is_written() {
-    let (_folder, recipe, out) = place();
-    kill_at(&recipe, &out, || out.join("model").exists());
-    assert!(!out.join("summary.json").exists());
+    let (_folder, recipe, out) = ended_at(
+        kill,
+        |out| out.join("model").exists(),
+        |out| !out.join("summary.json").exists(),
+    );
     resume(&recipe, &out);
     assert_same(&out);
 }
 
 #[test]
 #[cfg(unix)]
-fn interrupted_from_the_keyboard() {
-    let (_folder, recipe, out) = place();
-    let mut child = wait_for(&recipe, &out, || at_step(&out, "preference", 3));
-    let kill = std::process::Command::new("sh")
-        .args(["-c", &format!("kill -INT {}", child.id())])
-        .status()
-        .unwrap();
-    assert!(kill.success());
-    assert!(!child.wait().unwrap().success());
+fn asked_to_end_by_a_signal() {
+    // What Ctrl-C sends does the same, but may be ignored where tests run in the background.
+    let ask = |child: &mut Child| {
+        let command = format!("kill -TERM {}", child.id());
+        let status = std::process::Command::new("sh")
+            .args(["-c", &command])
+            .status();
+        assert!(status.unwrap().success());
+    };
+    let (_folder, recipe, out) = ended_at(
+        ask,
+        |out| at_step(out, "preference", 3),
+        |out| !out.join("model").exists(),
+    );
     // Nothing under its final name is half-written.
     for folder in names(&out.join("checkpoints")) {
         if !folder.starts_with(".tmp-") {
             trainer::checkpoint::verify_files(&out.join("checkpoints").join(folder)).unwrap();
         }
     }
-    assert!(!out.join("model").exists() && !out.join("summary.json").exists());
+    trainer::checkpoint::verify_files(&out.join("sft")).unwrap();
     resume(&recipe, &out);
     assert_same(&out);
 }
@@ -464,12 +496,17 @@ fn nothing_can_be_resumed_where_nothing_was_begun() {
 
 #[test]
 fn two_processes_are_never_at_work_in_one_folder() {
-    let (_folder, recipe, out) = place();
-    let mut first = wait_for(&recipe, &out, || at_step(&out, "sft", 1));
-    let second = train(&recipe, &out).arg("--resume").output().unwrap();
-    let said = common::stderr(&second);
-    assert!(!second.status.success(), "{said}");
-    assert!(said.contains("another process is at work in it"), "{said}");
-    assert!(first.wait().unwrap().success());
+    let (_folder, recipe, out) = nearly_finished();
+    let before = contents(&out);
+    let lock = std::fs::File::open(out.join("inputs.sha256")).unwrap();
+    lock.try_lock().unwrap();
+    let error = fail(train(&recipe, &out).arg("--resume"));
+    assert!(
+        error.contains("another process is at work in it"),
+        "{error}"
+    );
+    assert!(contents(&out) == before);
+    drop(lock);
+    resume(&recipe, &out);
     assert_same(&out);
 }
