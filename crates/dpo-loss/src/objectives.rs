@@ -163,15 +163,9 @@ pub struct Needs {
 /// let loss = objectives.loss(&batch, Beta::new(0.1).unwrap()).unwrap();
 /// assert!((loss.into_scalar::<f32>() - 0.8).abs() < 1e-6);
 /// ```
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "LossConfig", into = "LossConfig")]
 pub struct Objectives(LossConfig);
-
-impl Default for Objectives {
-    fn default() -> Self {
-        Self(LossConfig::default())
-    }
-}
 
 impl TryFrom<LossConfig> for Objectives {
     type Error = LossError;

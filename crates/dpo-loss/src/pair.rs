@@ -23,6 +23,10 @@ pub struct PairTable {
 
 /// What is known of the reference.
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one for each batch, beside tensors that are larger still"
+)]
 pub enum ReferenceLogps {
     /// Nothing: enough for losses without a reference.
     Absent,

@@ -82,4 +82,33 @@ mod tests {
         );
         assert_eq!(stats.top1.try_into_vec_as::<f32>().unwrap(), [1.0, 1.0]);
     }
+
+    /// Probabilities of the rows below, worked by hand: (1/4, 3/4) and (1/2, 1/2).
+    fn rows(device: &Device) -> [Tensor<2>; 2] {
+        let three = 3f32.ln();
+        [
+            Tensor::from_floats([[5.0, 5.0 + three]], device),
+            Tensor::from_floats([[-2.0, -2.0]], device),
+        ]
+    }
+
+    #[test]
+    fn sums_of_squared_probabilities_are_those_worked_by_hand() {
+        let [skewed, even] = rows(&Device::default());
+        let got: f32 = log_sum_sq_probs(skewed).into_scalar();
+        assert!((got - (10f32 / 16.0).ln()).abs() < 1e-6);
+        let got: f32 = log_sum_sq_probs(even).into_scalar();
+        assert!((got - 0.5f32.ln()).abs() < 1e-6);
+    }
+
+    #[test]
+    fn position_kls_are_those_worked_by_hand_and_zero_of_equals() {
+        let [skewed, even] = rows(&Device::default());
+        let got: f32 = position_kls(skewed.clone(), even.clone()).into_scalar();
+        assert!((got - (0.25 * 0.5f32.ln() + 0.75 * 1.5f32.ln())).abs() < 1e-6);
+        let got: f32 = position_kls(even.clone(), skewed).into_scalar();
+        assert!((got - 0.5 * (2f32.ln() + (2f32 / 3.0).ln())).abs() < 1e-6);
+        let got: f32 = position_kls(even.clone(), even).into_scalar();
+        assert!(got.abs() < 1e-6);
+    }
 }

@@ -85,3 +85,39 @@ pub fn contrastive_weights(
         .exp();
     weights * positive.mask.clone()
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+
+    #[test]
+    fn contrastive_weights_follow_the_ratio_within_bounds_and_vanish_outside() {
+        let device = Device::default();
+        let mask = Tensor::from_floats([[1.0, 1.0, 1.0, 0.0]], &device);
+        let table = |values: [f32; 4]| TokenLogps {
+            values: Tensor::from_floats([values], &device),
+            mask: mask.clone(),
+        };
+        let positive = table([-1.0, -1.0, -9.0, 0.0]);
+        let negative = table([-2.0, -9.0, -1.0, 0.0]);
+        let contrast = |scale| Contrast {
+            scale,
+            low: -0.5,
+            high: 1.5,
+        };
+        let weights = |scale| -> Vec<f32> {
+            contrastive_weights(&positive, &negative, contrast(scale))
+                .try_into_vec_as()
+                .unwrap()
+        };
+        // Ratios 1, 8 held at 1.5, and -8 held at -0.5.
+        for scale in [1.0_f32, -1.0] {
+            let expected = [scale.exp(), (1.5 * scale).exp(), (-0.5 * scale).exp(), 0.0];
+            for (got, expected) in weights(f64::from(scale)).iter().zip(expected) {
+                assert!((got - expected).abs() < 1e-6);
+            }
+        }
+    }
+}

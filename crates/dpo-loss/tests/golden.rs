@@ -3,6 +3,8 @@
 //! `testdata/losses` was made by `testdata/scripts/make_loss_fixtures.py`. The variable `R2Q_GOLDEN`
 //! may name a directory with a `dpo_golden.json`: a batch scored by a model, with TRL's losses.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
 mod common;
 
 use std::collections::BTreeMap;
@@ -10,15 +12,18 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::{DType, Device, Tensor};
-use common::{Rows, largest_gap, longest, number, pair_table, table, tokens, vector};
+use common::{Rows, largest_gap, longest, number, ones, table, vector};
 use dpo_loss::{
-    Beta, LossConfig, Objectives, PairBatch, PairInputs, UnpairedBatch, UnpairedLoss,
-    UnpairedObjective, kl_estimate,
+    Beta, LossConfig, Objectives, PairBatch, PairInputs, PairTable, PairTokens, TokenLogps,
+    UnpairedBatch, UnpairedLoss, UnpairedObjective, kl_estimate,
 };
 use serde::Deserialize;
 
 /// Doubles on both sides; numbers in the file have thirteen digits.
 const F64_TOLERANCE: f64 = 1e-11;
+
+/// Sums of single-precision numbers of order ten.
+const F32_TOLERANCE: f64 = 1e-5;
 
 #[derive(Deserialize)]
 struct Golden {
@@ -81,32 +86,36 @@ fn parse(mut config: serde_json::Map<String, serde_json::Value>) -> (Objectives,
 }
 
 /// The loss and its gradient by the policy's token logps.
-fn run(tables: &Tables, objectives: &Objectives, beta: Beta, seq: usize) -> (f64, Vec<f64>) {
-    let (device, plain) = (Device::default().autodiff(), Device::default());
-    let policy = table(&tables.policy, seq, &device).require_grad();
-    let reference = table(&tables.reference, seq, &plain);
-    let squares = pair_table(&tables.log_sum_sq_probs, seq, &plain);
+fn run(
+    tables: &Tables,
+    objectives: &Objectives,
+    beta: Beta,
+    seq: usize,
+    dtype: DType,
+) -> (f64, Vec<f64>) {
+    let device = Device::default().autodiff();
+    let read = |rows: &Rows| table(rows, seq, &device).cast(dtype);
+    let tokens = |values: Tensor<2>, rows: &Rows| {
+        let mask = read(&ones(rows));
+        PairTokens::from_halves(TokenLogps { values, mask })
+    };
+    let policy = read(&tables.policy).require_grad();
     let batch = PairBatch {
-        policy: tokens(policy.clone(), &tables.policy, &device),
-        reference: tokens(
-            Tensor::from_data(reference.into_data(), (&device, DType::F64)),
-            &tables.reference,
-            &device,
-        )
-        .into(),
+        policy: tokens(policy.clone(), &tables.policy),
+        reference: tokens(read(&tables.reference), &tables.reference).into(),
         inputs: PairInputs {
-            log_sum_sq_probs: Some(dpo_loss::PairTable {
-                chosen: Tensor::from_data(squares.chosen.into_data(), (&device, DType::F64)),
-                rejected: Tensor::from_data(squares.rejected.into_data(), (&device, DType::F64)),
-            }),
+            log_sum_sq_probs: Some(PairTable::from_halves(read(&tables.log_sum_sq_probs))),
             ..PairInputs::default()
         },
     };
     let loss = objectives.loss(&batch, beta).unwrap();
     let gradients = loss.backward();
     let gradient = policy.grad(&gradients).unwrap();
-    assert_eq!(loss.dtype(), DType::F64);
-    (number(loss), gradient.try_into_vec_as().unwrap())
+    assert_eq!(loss.dtype(), dtype);
+    (
+        number(loss),
+        gradient.cast(DType::F64).try_into_vec_as().unwrap(),
+    )
 }
 
 #[test]
@@ -119,7 +128,7 @@ fn every_case_of_the_fixture_has_trls_loss_and_gradient() {
         let (objectives, beta) = parse(case.config.clone());
         // Two columns of padding on the right, which TRL's batch had not.
         let seq = longest(&tables.policy) + 2;
-        let (loss, gradient) = run(tables, &objectives, beta, seq);
+        let (loss, gradient) = run(tables, &objectives, beta, seq, DType::F64);
         // Losses and gradients here are of order one, IPO's and SPPO's of order a hundred.
         let scale = case.loss.abs().max(1.0);
         let gap = (loss - case.loss).abs() / scale;
@@ -132,6 +141,17 @@ fn every_case_of_the_fixture_has_trls_loss_and_gradient() {
             case.config,
             case.batch,
             case.loss
+        );
+        let (single, slopes) = run(tables, &objectives, beta, seq, DType::F32);
+        let single_gap = (single - case.loss).abs() / scale;
+        let slope_gap = case
+            .gradient
+            .as_ref()
+            .map_or(0.0, |expected| largest_gap(&slopes, seq, expected) / scale);
+        assert!(
+            single_gap < F32_TOLERANCE && slope_gap < F32_TOLERANCE,
+            "{:?} in single precision: off by {single_gap:e} and {slope_gap:e}",
+            case.config
         );
         worst = (worst.0.max(gap), worst.1.max(gradient_gap));
         names.extend(objectives.terms().map(|(objective, _)| objective.name()));
@@ -274,7 +294,7 @@ fn losses_of_scored_batches_are_trls() {
                 unreachable!("made as an object")
             };
             let (objectives, beta) = parse(config);
-            let (loss, _) = run(&tables, &objectives, beta, seq);
+            let (loss, _) = run(&tables, &objectives, beta, seq, DType::F64);
             let mut gap = (loss - golden.loss).abs();
             let n = at.policy.log_probs.chosen.len();
             for (pair, expected) in golden.loss_each_pair_alone.iter().enumerate() {
@@ -284,7 +304,7 @@ fn losses_of_scored_batches_are_trls() {
                     reference: alone(&tables.reference),
                     log_sum_sq_probs: alone(&tables.log_sum_sq_probs),
                 };
-                let (loss, _) = run(&tables, &objectives, beta, seq);
+                let (loss, _) = run(&tables, &objectives, beta, seq, DType::F64);
                 gap = gap.max((loss - expected).abs() / expected.abs().max(1.0));
             }
             // Single precision on the peer's side loses digits of losses near a hundred.

@@ -48,7 +48,7 @@ pub(crate) fn pair_table(rows: &[Vec<f64>], seq: usize, device: &Device) -> Pair
 
 /// The number in a tensor of one.
 pub(crate) fn number(tensor: Tensor<1>) -> f64 {
-    tensor.into_scalar()
+    tensor.cast(DType::F64).into_scalar()
 }
 
 /// The largest gap between a table `[rows, seq]` and what is expected of its completion tokens.
@@ -60,4 +60,13 @@ pub(crate) fn largest_gap(got: &[f64], seq: usize, expected: &[Vec<f64>]) -> f64
         }
     }
     worst
+}
+
+/// The tensor, tracked where its device records gradients.
+pub(crate) fn tracked<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    if tensor.is_autodiff() {
+        tensor.require_grad()
+    } else {
+        tensor
+    }
 }
