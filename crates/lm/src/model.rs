@@ -196,6 +196,11 @@ impl Transformer {
         self.run(ids, &layout, None)
     }
 
+    /// Hidden states, `[batch * seq, hidden]`, of tokens that lie as `layout` says.
+    pub(crate) fn hidden_laid_out(&self, ids: Tensor<2, Int>, layout: &SeqLayout) -> Tensor<2> {
+        self.run(ids, layout, None)
+    }
+
     /// Logits of the next token, `[rows, vocab]`, of hidden states `[rows, hidden]`.
     pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
         match &self.head {
@@ -382,7 +387,7 @@ impl ModuleVisitor for Collector {
 }
 
 /// How the tokens of one forward pass lie.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct SeqLayout {
     pub(crate) batch: usize,
     pub(crate) seq: usize,
@@ -392,7 +397,7 @@ pub(crate) struct SeqLayout {
     pub(crate) mask: Option<Tensor<4, Bool>>,
 }
 
-fn causal_mask(seq: usize, device: &Device) -> Tensor<4, Bool> {
+pub(crate) fn causal_mask(seq: usize, device: &Device) -> Tensor<4, Bool> {
     let mask: Vec<bool> = (0..seq * seq).map(|i| i % seq > i / seq).collect();
     Tensor::from_data(TensorData::new(mask, [1, 1, seq, seq]), device)
 }

@@ -181,7 +181,10 @@ impl Tokenizer {
         if !files.contains_key(Path::new("tokenizer.json")) {
             return Err(TokenizerError::Io {
                 path: folder.join("tokenizer.json"),
-                source: std::io::Error::new(std::io::ErrorKind::NotFound, "No such file or directory"),
+                source: std::io::Error::new(
+                    std::io::ErrorKind::NotFound,
+                    "No such file or directory",
+                ),
             });
         }
         // The model's own configuration is not the tokenizer's to keep, but may know the eos.

@@ -25,11 +25,15 @@ pub fn device(name: &str) -> Result<Device, TrainError> {
         "wgpu" => Err(refuse("this program was built without the feature `wgpu`")),
         _ => match name.strip_prefix("cuda") {
             Some(index) => {
-                let index = index.strip_prefix(':').unwrap_or(if index.is_empty() { "0" } else { "?" });
+                let index =
+                    index
+                        .strip_prefix(':')
+                        .unwrap_or(if index.is_empty() { "0" } else { "?" });
                 let index: usize = index
                     .parse()
                     .map_err(|_| refuse("expected `cuda` or `cuda:N` with a number N"))?;
-                cuda(index).ok_or_else(|| refuse("this program was built without the feature `cuda`"))
+                cuda(index)
+                    .ok_or_else(|| refuse("this program was built without the feature `cuda`"))
             }
             None => Err(refuse("expected `cpu`, `wgpu`, `cuda` or `cuda:N`")),
         },

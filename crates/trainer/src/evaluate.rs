@@ -1,5 +1,7 @@
 //! Judging policies: held-out preferences, and sampled completions under the true reward.
 
+use std::sync::Mutex;
+
 use dpo_loss::{Beta, PairLogps, dpo_loss};
 use implicit_reward::token_rewards;
 use lm::data::PreferencePair;
@@ -12,6 +14,7 @@ use crate::learner::{PREFERENCE_METRICS, pair_logps, preference_values};
 use crate::prepare::PreparedTask;
 use crate::progress::Progress;
 use crate::reference::{ReferenceLogps, pair_batch};
+use crate::workers::Workers;
 
 /// Means over held-out pairs of the loss and of TRL's metrics, named with `eval_` in front.
 ///
@@ -25,21 +28,34 @@ pub fn preference_metrics(
     reference: &ReferenceLogps,
     beta: Beta,
     batch_size: usize,
+    workers: &Workers,
 ) -> Map<String, Value> {
-    let mut sums = vec![0.0; PREFERENCE_METRICS.len() + 1];
     let device = model.device();
     let indices: Vec<usize> = (0..pairs.len()).collect();
-    for chunk in indices.chunks(batch_size) {
-        let batch = pair_batch(chunk.iter().map(|&index| &pairs[index]), &device);
+    let chunks: Vec<&[usize]> = indices.chunks(batch_size).collect();
+    let values = workers.map(chunks.len(), |index| -> Vec<f32> {
+        let chunk = chunks[index];
+        let batch = pair_batch(
+            chunk.iter().map(|&index| &pairs[index]),
+            model.config().hidden_size,
+            &device,
+        );
         let pick = |values: &[f32]| -> Vec<f32> { chunk.iter().map(|&i| values[i]).collect() };
-        let reference = pair_logps(&pick(&reference.chosen), &pick(&reference.rejected), &device);
+        let reference = pair_logps(
+            &pick(&reference.chosen),
+            &pick(&reference.rejected),
+            &device,
+        );
         let scored = model.score(&batch, true);
         let policy = PairLogps::from_halves(scored.table.sums());
         let loss = dpo_loss(&policy, &reference, beta).mean();
         let values = preference_values(&scored, &batch, &policy, &reference, beta);
-        let values: Vec<f32> = burn::tensor::Tensor::cat(vec![loss, values], 0)
+        burn::tensor::Tensor::cat(vec![loss, values], 0)
             .try_into_vec_as()
-            .expect("values of a working device can be read");
+            .expect("values of a working device can be read")
+    });
+    let mut sums = vec![0.0; PREFERENCE_METRICS.len() + 1];
+    for (chunk, values) in chunks.iter().zip(values) {
         for (sum, value) in sums.iter_mut().zip(values) {
             *sum += f64::from(value) * chunk.len() as f64;
         }
@@ -50,7 +66,12 @@ pub fn preference_metrics(
     std::iter::once("loss")
         .chain(PREFERENCE_METRICS)
         .zip(sums)
-        .map(|(name, sum)| (format!("eval_{name}"), Value::from(sum / pairs.len() as f64)))
+        .map(|(name, sum)| {
+            (
+                format!("eval_{name}"),
+                Value::from(sum / pairs.len() as f64),
+            )
+        })
         .collect()
 }
 
@@ -59,30 +80,37 @@ pub fn preference_metrics(
 /// # Errors
 ///
 /// A prompt that with `max_new_tokens` exceeds the model's longest sequence.
-pub fn sample_completions<P: AsRef<[u32]>>(
+pub fn sample_completions<P: AsRef<[u32]> + Sync>(
     policy: &Transformer,
     prompts: &[P],
     max_new_tokens: usize,
     eos_ids: &[u32],
     seed: u64,
+    workers: &Workers,
     label: &str,
 ) -> Result<Vec<Generated>, TrainError> {
     // Enough rows to keep the cores busy, few enough to keep the cache small.
     const ROWS: usize = 64;
-    let mut progress = Progress::new(label, "prompts", prompts.len(), 0);
-    let mut completions = Vec::with_capacity(prompts.len());
-    for (index, chunk) in prompts.chunks(ROWS).enumerate() {
+    let progress = Mutex::new(Progress::new(label, "prompts", prompts.len(), 0));
+    let chunks: Vec<&[P]> = prompts.chunks(ROWS).collect();
+    let completions = workers.map(chunks.len(), |index| {
         let options = Generate {
             max_new_tokens,
             eos_ids: eos_ids.to_vec(),
             decoding: Decoding::Sample(Sampling::default()),
             seed: seed.wrapping_mul(0x9e37_79b9).wrapping_add(index as u64),
         };
-        completions.extend(policy.generate(chunk, &options)?);
-        progress.advance(chunk.len(), "");
+        let completions = policy.generate(chunks[index], &options);
+        if let Ok(mut progress) = progress.lock() {
+            progress.advance(chunks[index].len(), "");
+        }
+        completions
+    });
+    if let Ok(progress) = progress.into_inner() {
+        progress.finish();
     }
-    progress.finish();
-    Ok(completions)
+    let completions: Result<Vec<_>, _> = completions.into_iter().collect();
+    Ok(completions?.concat())
 }
 
 /// Summed true reward of each completion, in the order of the task's prompts.
@@ -162,6 +190,9 @@ mod tests {
 
     #[test]
     fn wins_count_ties_as_halves() {
-        assert_eq!(wins(&[1.0, 0.0, -0.3], &[0.0, 1.0, -0.1 - 0.2]), [1.0, 0.0, 0.5]);
+        assert_eq!(
+            wins(&[1.0, 0.0, -0.3], &[0.0, 1.0, -0.1 - 0.2]),
+            [1.0, 0.0, 0.5]
+        );
     }
 }

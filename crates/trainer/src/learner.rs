@@ -7,6 +7,7 @@ use implicit_reward::PairRewards;
 use lm::{CompletionBatch, Scored, Transformer};
 
 use crate::optimizer::{AdamW, FlatGradients};
+use crate::workers::Workers;
 
 /// A model in training.
 #[derive(Debug)]
@@ -15,6 +16,8 @@ pub struct Learner {
     pub model: Transformer,
     /// Its optimizer.
     pub optimizer: AdamW,
+    /// Threads that take micro-batches side by side.
+    workers: Workers,
 }
 
 /// The loss of a micro-batch, and what is logged of it.
@@ -53,7 +56,15 @@ impl Learner {
         Self {
             model: model.train(),
             optimizer,
+            workers: Workers::new(1),
         }
+    }
+
+    /// Takes the micro-batches of a step side by side on these threads.
+    #[must_use]
+    pub fn with_workers(mut self, workers: Workers) -> Self {
+        self.workers = workers;
+        self
     }
 
     /// The model without its graph.
@@ -62,32 +73,48 @@ impl Learner {
     }
 
     /// Averages the gradients of `n` micro-batches, each made by `micro`, and updates once.
+    ///
+    /// The result does not depend on the number of workers: each micro-batch is computed alike,
+    /// and sums are taken in the order of the micro-batches.
+    ///
+    /// # Panics
+    ///
+    /// If `n` is zero, or values cannot be read from the device.
     pub fn step(
         &mut self,
         n: usize,
         learning_rate: f64,
-        mut micro: impl FnMut(&Transformer, usize) -> MicroBatch,
+        micro: impl Fn(&Transformer, usize) -> MicroBatch + Sync,
     ) -> StepOutcome {
+        assert!(n > 0, "a step has micro-batches");
         let share = 1.0 / n as f64;
+        let model = &self.model;
+        let alone = n == 1 || self.workers.count() == 1;
+        let results = self.workers.map(n, |index| {
+            if alone {
+                backward(model, micro(model, index))
+            } else {
+                // A graph of its own for each thread: leaves that two graphs share would tie
+                // their backward passes to one lock.
+                let model = model.valid().train();
+                backward(&model, micro(&model, index))
+            }
+        });
         let mut gradients = FlatGradients::default();
-        let mut sums: Vec<(&'static str, f64)> = Vec::new();
+        let mut metrics: Vec<(&'static str, f64)> = Vec::new();
         let mut micro_losses = Vec::with_capacity(n);
         let mut n_tokens = 0;
-        for index in 0..n {
-            let batch = micro(&self.model, index);
-            n_tokens += batch.n_tokens;
-            let backward = batch.loss.backward();
-            gradients.add(FlatGradients::take(backward, &self.model), share);
-            // The one read of a micro-batch.
-            let values: Vec<f32> = Tensor::cat(vec![batch.loss.inner(), batch.values], 0)
-                .try_into_vec_as()
-                .expect("values of a working device can be read");
-            micro_losses.push(f64::from(values[0]));
-            let named = batch.names.iter().copied().zip(&values[1..]);
+        for (index, result) in results.into_iter().enumerate() {
+            n_tokens += result.n_tokens;
+            gradients.add(result.gradients, share);
+            micro_losses.push(f64::from(result.values[0]));
+            let named = result.names.iter().copied().zip(&result.values[1..]);
             if index == 0 {
-                sums = named.map(|(name, &x)| (name, f64::from(x) * share)).collect();
+                metrics = named
+                    .map(|(name, &x)| (name, f64::from(x) * share))
+                    .collect();
             } else {
-                for ((_, sum), (_, &x)) in sums.iter_mut().zip(named) {
+                for ((_, sum), (_, &x)) in metrics.iter_mut().zip(named) {
                     *sum += f64::from(x) * share;
                 }
             }
@@ -97,16 +124,41 @@ impl Learner {
         let updated = loss.is_finite() && grad_norm.is_finite();
         if updated {
             let model = self.model.clone();
-            self.model = self.optimizer.step(model, gradients, grad_norm, learning_rate);
+            self.model = self
+                .optimizer
+                .step(model, gradients, grad_norm, learning_rate);
         }
         StepOutcome {
             loss,
             grad_norm,
-            metrics: sums,
+            metrics,
             micro_losses,
             n_tokens,
             updated,
         }
+    }
+}
+
+/// A micro-batch after its backward pass.
+struct Backward {
+    gradients: FlatGradients,
+    names: &'static [&'static str],
+    /// The loss, then a value for each name.
+    values: Vec<f32>,
+    n_tokens: usize,
+}
+
+fn backward(model: &Transformer, batch: MicroBatch) -> Backward {
+    let gradients = FlatGradients::take(batch.loss.backward(), model);
+    // The one read of a micro-batch.
+    let values = Tensor::cat(vec![batch.loss.inner(), batch.values], 0)
+        .try_into_vec_as()
+        .expect("values of a working device can be read");
+    Backward {
+        gradients,
+        names: batch.names,
+        values,
+        n_tokens: batch.n_tokens,
     }
 }
 
@@ -164,7 +216,10 @@ pub fn preference_values(
     let pairs = batch.counts().len() / 2;
     let n_chosen: usize = batch.counts()[..pairs].iter().sum();
     let n_all: usize = batch.counts().iter().sum();
-    let stats = scored.stats.as_ref().expect("preference batches are scored with statistics");
+    let stats = scored
+        .stats
+        .as_ref()
+        .expect("preference batches are scored with statistics");
     let mean = |values: &Tensor<1>, from: usize, to: usize| {
         plain(values.clone()).narrow(0, from, to - from).mean()
     };
@@ -192,7 +247,10 @@ pub fn sft_micro_batch(model: &Transformer, batch: &CompletionBatch) -> MicroBat
     MicroBatch {
         loss: -scored.flat.mean(),
         names: &SFT_METRICS,
-        values: Tensor::cat(vec![plain(stats.entropy).mean(), plain(stats.top1).mean()], 0),
+        values: Tensor::cat(
+            vec![plain(stats.entropy).mean(), plain(stats.top1).mean()],
+            0,
+        ),
         n_tokens: batch.n_tokens(),
     }
 }

@@ -36,6 +36,7 @@ pub mod reference;
 mod run;
 mod stage;
 mod statistics;
+mod workers;
 
 pub use device::device;
 pub use error::TrainError;
@@ -53,3 +54,4 @@ pub use recipe::{
 };
 pub use run::{Finished, RunOptions, train};
 pub use statistics::Estimate;
+pub use workers::Workers;

@@ -7,6 +7,11 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use trainer::{DataRecipe, Recipe, RunOptions, train};
 
+/// Training allocates and frees tensors of megabytes all the time; this allocator keeps their
+/// pages, where the system's gives them back and clears them anew.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[derive(Debug, Parser)]
 #[command(name = "r2q", bin_name = "cargo xtask", version, about)]
 struct Cli {
@@ -43,7 +48,7 @@ struct TrainArgs {
     /// Held-out preference pairs.
     #[arg(long, value_name = "FILE", requires = "data")]
     eval_data: Option<PathBuf>,
-    /// Folder of the run [default: runs/<name>, or the next free number].
+    /// Folder of the run [default: runs/NAME, or the next free number].
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Go on with an interrupted run.

@@ -252,7 +252,11 @@ impl ModuleMapper for Update<'_> {
         param.map(|value| {
             let shape = value.shape();
             let value = value.inner();
-            let value = if keep < 1.0 { value.mul_scalar(keep) } else { value };
+            let value = if keep < 1.0 {
+                value.mul_scalar(keep)
+            } else {
+                value
+            };
             Tensor::from_inner(value - change.reshape(shape)).require_grad()
         })
     }

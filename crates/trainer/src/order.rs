@@ -64,7 +64,9 @@ mod tests {
         let mut order = Order::new(11, 2, 3, 5);
         assert_eq!(order.steps_per_epoch(), 2);
         let mut epoch = |from: usize| -> Vec<usize> {
-            (from..from + 2).flat_map(|step| order.step(step).concat()).collect()
+            (from..from + 2)
+                .flat_map(|step| order.step(step).concat())
+                .collect()
         };
         let (first, second) = (epoch(0), epoch(2));
         assert_ne!(first, second);

@@ -13,6 +13,7 @@ use crate::evaluate::{read_completion, sample_completions};
 use crate::prepare::Prepared;
 use crate::recipe::Recipe;
 use crate::statistics::Estimate;
+use crate::workers::Workers;
 
 /// How many prompts the report shows completions of.
 const N_SAMPLES: usize = 8;
@@ -41,7 +42,10 @@ pub struct Judged {
 /// # Errors
 ///
 /// A file that cannot be written, or a model that cannot sample.
-#[expect(clippy::too_many_arguments, reason = "a report draws on every part of a run, once")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a report draws on every part of a run, once"
+)]
 pub fn write_report(
     path: &Path,
     recipe: &Recipe,
@@ -69,7 +73,12 @@ pub fn write_report(
 }
 
 fn machine(summary: &Map<String, Value>) -> String {
-    let field = |name: &str| summary.get(name).map(ToString::to_string).unwrap_or_default();
+    let field = |name: &str| {
+        summary
+            .get(name)
+            .map(ToString::to_string)
+            .unwrap_or_default()
+    };
     format!(
         "device {}, {} threads, {} parameters, seed {}",
         field("device").trim_matches('"'),
@@ -94,7 +103,11 @@ fn cards(summary: &Map<String, Value>, judged: &Judged, ceiling: Option<f64>) ->
     }
     if let Some(difference) = &judged.difference {
         let value = format!("{:+.2}", difference.mean);
-        cards.push(card("True reward gained (reward units)", value, interval(difference)));
+        cards.push(card(
+            "True reward gained (reward units)",
+            value,
+            interval(difference),
+        ));
     }
     if let Some(accuracy) = number("eval_reward_accuracy") {
         let note = ceiling.map_or_else(
@@ -106,16 +119,28 @@ fn cards(summary: &Map<String, Value>, judged: &Judged, ceiling: Option<f64>) ->
     }
     if let Some(margin) = number("eval_reward_margin") {
         let note = "chosen less rejected implicit reward, held-out".into();
-        cards.push(card("Reward margin (reward units)", format!("{margin:+.3}"), note));
+        cards.push(card(
+            "Reward margin (reward units)",
+            format!("{margin:+.3}"),
+            note,
+        ));
     }
     if let Some(rate) = number("pairs_per_second") {
-        cards.push(card("Training speed", format!("{rate:.1} pairs/s"), String::new()));
+        cards.push(card(
+            "Training speed",
+            format!("{rate:.1} pairs/s"),
+            String::new(),
+        ));
     }
     if let Some(seconds) = number("wall_seconds") {
         let memory = number("peak_rss_bytes")
             .map(|bytes| format!("peak memory {:.2} GB", bytes / 1e9))
             .unwrap_or_default();
-        cards.push(card("Wall time of the session", format!("{seconds:.0} s"), memory));
+        cards.push(card(
+            "Wall time of the session",
+            format!("{seconds:.0} s"),
+            memory,
+        ));
     }
     cards
 }
@@ -136,7 +161,12 @@ fn outcomes(judged: &Judged) -> Vec<OutcomeRow> {
     [
         row("SFT", reward, &judged.sft_reward, n),
         row("DPO", reward, &judged.dpo_reward, n),
-        row("DPO", "win rate against SFT (fraction)", &judged.win_rate, n),
+        row(
+            "DPO",
+            "win rate against SFT (fraction)",
+            &judged.win_rate,
+            n,
+        ),
     ]
     .into_iter()
     .flatten()
@@ -157,7 +187,10 @@ fn curves(lines: &[Map<String, Value>], ceiling: Option<f64>) -> Vec<Plot> {
         title: title.into(),
         x_label: "step".into(),
         y_label: y_label.into(),
-        series: series.into_iter().filter(|series| !series.points.is_empty()).collect(),
+        series: series
+            .into_iter()
+            .filter(|series| !series.points.is_empty())
+            .collect(),
         reference_lines: Vec::new(),
     };
     let preference = |key: &str, name: &str| series("preference", key, name);
@@ -169,16 +202,25 @@ fn curves(lines: &[Map<String, Value>], ceiling: Option<f64>) -> Vec<Plot> {
             preference("eval_rewards/accuracies", "held-out"),
         ],
     );
-    accuracies.reference_lines.extend(ceiling.map(|y| ReferenceLine {
-        label: "most that label noise allows".into(),
-        y,
-    }));
+    accuracies
+        .reference_lines
+        .extend(ceiling.map(|y| ReferenceLine {
+            label: "most that label noise allows".into(),
+            y,
+        }));
     vec![
-        plot("Fine-tuning loss", "nats per token", vec![series("sft", "loss", "train")]),
+        plot(
+            "Fine-tuning loss",
+            "nats per token",
+            vec![series("sft", "loss", "train")],
+        ),
         plot(
             "Preference loss",
             "nats per pair",
-            vec![preference("loss", "train"), preference("eval_loss", "held-out")],
+            vec![
+                preference("loss", "train"),
+                preference("eval_loss", "held-out"),
+            ],
         ),
         plot(
             "Implicit rewards",
@@ -210,12 +252,18 @@ fn curves(lines: &[Map<String, Value>], ceiling: Option<f64>) -> Vec<Plot> {
         plot(
             "Entropy of the next token",
             "nats",
-            vec![series("sft", "entropy", "fine-tuning"), preference("entropy", "preference")],
+            vec![
+                series("sft", "entropy", "fine-tuning"),
+                preference("entropy", "preference"),
+            ],
         ),
         plot(
             "Gradient norm before clipping",
             "norm",
-            vec![series("sft", "grad_norm", "fine-tuning"), preference("grad_norm", "preference")],
+            vec![
+                series("sft", "grad_norm", "fine-tuning"),
+                preference("grad_norm", "preference"),
+            ],
         ),
         plot(
             "Learning rate",
@@ -252,16 +300,33 @@ fn samples(
     reference: &Transformer,
 ) -> Result<Vec<Sample>, TrainError> {
     if prepared.task.is_some() {
-        let rows = judged.sft.iter().zip(&judged.dpo).take(N_SAMPLES).enumerate();
+        let rows = judged
+            .sft
+            .iter()
+            .zip(&judged.dpo)
+            .take(N_SAMPLES)
+            .enumerate();
         return rows
             .map(|(row, (sft, dpo))| {
                 let texts = [("SFT", &sft[..]), ("DPO", &dpo[..])];
                 let prompt = &prepared.task.as_ref().expect("checked above").prompts[row].1;
-                sample(recipe, prepared, prompt, Some(row), &texts, policy, reference)
+                sample(
+                    recipe,
+                    prepared,
+                    prompt,
+                    Some(row),
+                    &texts,
+                    policy,
+                    reference,
+                )
             })
             .collect();
     }
-    let pairs = if prepared.eval.is_empty() { &prepared.train } else { &prepared.eval };
+    let pairs = if prepared.eval.is_empty() {
+        &prepared.train
+    } else {
+        &prepared.eval
+    };
     let room = policy.config().max_positions.saturating_sub(SAMPLE_TOKENS);
     let pairs: Vec<_> = pairs
         .iter()
@@ -274,7 +339,15 @@ fn samples(
     let prompts: Vec<&[u32]> = pairs.iter().map(|pair| &pair.prompt_ids[..]).collect();
     let eos = prepared.tokenizer.eos_ids();
     let label = "sample for the report";
-    let drawn = sample_completions(policy, &prompts, SAMPLE_TOKENS, eos, recipe.seed, label)?;
+    let drawn = sample_completions(
+        policy,
+        &prompts,
+        SAMPLE_TOKENS,
+        eos,
+        recipe.seed,
+        &Workers::new(recipe.workers),
+        label,
+    )?;
     pairs
         .iter()
         .zip(&drawn)
@@ -284,7 +357,15 @@ fn samples(
                 ("chosen in the data", &pair.chosen_ids[..]),
                 ("rejected in the data", &pair.rejected_ids[..]),
             ];
-            sample(recipe, prepared, &pair.prompt_ids, None, &texts, policy, reference)
+            sample(
+                recipe,
+                prepared,
+                &pair.prompt_ids,
+                None,
+                &texts,
+                policy,
+                reference,
+            )
         })
         .collect()
 }
@@ -334,9 +415,13 @@ fn sample(
             .collect();
         policies.push(SampleCompletion {
             label: label.into(),
-            total_implicit: Some(tokens.iter().filter_map(|token| token.implicit_reward).sum()),
-            total_true: (!truth.is_empty())
-                .then(|| truth.iter().map(|token| token.reward).sum()),
+            total_implicit: Some(
+                tokens
+                    .iter()
+                    .filter_map(|token| token.implicit_reward)
+                    .sum(),
+            ),
+            total_true: (!truth.is_empty()).then(|| truth.iter().map(|token| token.reward).sum()),
             tokens,
         });
     }

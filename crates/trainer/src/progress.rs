@@ -77,6 +77,9 @@ impl Progress {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
-        eprintln!("{}: {} {} in {seconds:.1}s", self.label, self.done, self.unit);
+        eprintln!(
+            "{}: {} {} in {seconds:.1}s",
+            self.label, self.done, self.unit
+        );
     }
 }

@@ -21,6 +21,11 @@ pub struct Recipe {
     /// Seed of weights, data and their order.
     #[serde(default = "defaults::seed")]
     pub seed: u64,
+    /// Micro-batches, and batches of scoring, that are computed side by side, each on one thread.
+    /// With 1, one batch at a time uses all threads. More is faster for small models on a CPU and
+    /// takes as many times the memory; the numbers are the same.
+    #[serde(default = "defaults::workers")]
+    pub workers: usize,
     /// The model to begin with.
     #[serde(default)]
     pub model: ModelRecipe,
@@ -262,6 +267,10 @@ mod defaults {
         1
     }
 
+    pub(super) fn workers() -> usize {
+        1
+    }
+
     pub(super) fn max_length() -> usize {
         1024
     }
@@ -270,8 +279,11 @@ mod defaults {
 impl Recipe {
     /// The main job: the embedded task, from nothing to a preference-trained policy.
     pub fn memo() -> Self {
-        Self::parse(include_str!("../../../recipes/memo.toml"), "recipes/memo.toml")
-            .expect("the recipe in the source is valid, as its test shows")
+        Self::parse(
+            include_str!("../../../recipes/memo.toml"),
+            "recipes/memo.toml",
+        )
+        .expect("the recipe in the source is valid, as its test shows")
     }
 
     /// A preference stage on a model and a file, with TRL's settings but a larger learning rate.
@@ -279,6 +291,7 @@ impl Recipe {
         Self {
             name: name.to_string(),
             seed: defaults::seed(),
+            workers: defaults::workers(),
             model: ModelRecipe {
                 path: Some(model),
                 ..ModelRecipe::default()
@@ -353,6 +366,9 @@ impl Recipe {
             let expected = "letters, digits, `-`, `_` and `.`, not starting with `.`";
             return Err(wrong("name", expected, &format!("`{}`", self.name)));
         }
+        if self.workers == 0 {
+            return Err(wrong("workers", "at least 1", &0));
+        }
         match (&self.task, &self.data) {
             (Some(_), Some(_)) => {
                 return Err(wrong("data", "either [task] or [data]", &"both"));
@@ -360,7 +376,11 @@ impl Recipe {
             (None, None) => return Err(wrong("data", "[task] or [data]", &"neither")),
             (None, Some(data)) => {
                 if self.model.path.is_none() {
-                    return Err(wrong("model.path", "a folder, since [data] is given", &"none"));
+                    return Err(wrong(
+                        "model.path",
+                        "a folder, since [data] is given",
+                        &"none",
+                    ));
                 }
                 if data.max_length < 2 {
                     return Err(wrong("data.max_length", "at least 2", &data.max_length));
@@ -381,9 +401,17 @@ impl Recipe {
         }
         if let Some(sft) = &self.sft {
             if self.data.is_some() {
-                return Err(wrong("sft", "none, since [data] holds preferences", &"a stage"));
+                return Err(wrong(
+                    "sft",
+                    "none, since [data] holds preferences",
+                    &"a stage",
+                ));
             }
-            if self.task.as_ref().is_some_and(|task| task.sft_examples == 0) {
+            if self
+                .task
+                .as_ref()
+                .is_some_and(|task| task.sft_examples == 0)
+            {
                 return Err(wrong("task.sft_examples", "at least 1", &0));
             }
             check_stage("sft", sft.epochs, sft.batch_size, sft.accumulation, &wrong)?;
@@ -412,7 +440,11 @@ fn check_stage(
     wrong: &Wrong<'_>,
 ) -> Result<(), TrainError> {
     if !(epochs.is_finite() && epochs > 0.0) {
-        return Err(wrong(&format!("{stage}.epochs"), "a number above 0", &epochs));
+        return Err(wrong(
+            &format!("{stage}.epochs"),
+            "a number above 0",
+            &epochs,
+        ));
     }
     for (key, value) in [("batch_size", batch_size), ("accumulation", accumulation)] {
         if value == 0 {
@@ -426,12 +458,42 @@ impl OptimizerRecipe {
     fn check(&self, table: &str, wrong: &Wrong<'_>) -> Result<(), TrainError> {
         let at_least_zero = |value: f64| value.is_finite() && value >= 0.0;
         for (key, value, fits, expected) in [
-            ("learning_rate", self.learning_rate, at_least_zero(self.learning_rate), "at least 0"),
-            ("beta1", self.beta1, (0.0..1.0).contains(&self.beta1), "in [0, 1)"),
-            ("beta2", self.beta2, (0.0..1.0).contains(&self.beta2), "in [0, 1)"),
-            ("epsilon", self.epsilon, at_least_zero(self.epsilon), "at least 0"),
-            ("weight_decay", self.weight_decay, at_least_zero(self.weight_decay), "at least 0"),
-            ("max_grad_norm", self.max_grad_norm, at_least_zero(self.max_grad_norm), "at least 0"),
+            (
+                "learning_rate",
+                self.learning_rate,
+                at_least_zero(self.learning_rate),
+                "at least 0",
+            ),
+            (
+                "beta1",
+                self.beta1,
+                (0.0..1.0).contains(&self.beta1),
+                "in [0, 1)",
+            ),
+            (
+                "beta2",
+                self.beta2,
+                (0.0..1.0).contains(&self.beta2),
+                "in [0, 1)",
+            ),
+            (
+                "epsilon",
+                self.epsilon,
+                at_least_zero(self.epsilon),
+                "at least 0",
+            ),
+            (
+                "weight_decay",
+                self.weight_decay,
+                at_least_zero(self.weight_decay),
+                "at least 0",
+            ),
+            (
+                "max_grad_norm",
+                self.max_grad_norm,
+                at_least_zero(self.max_grad_norm),
+                "at least 0",
+            ),
         ] {
             if !fits {
                 return Err(wrong(&format!("{table}.{key}"), expected, &value));
@@ -485,7 +547,10 @@ mod tests {
     fn an_unknown_key_is_refused_by_name() {
         let text = "name = \"x\"\n[task]\n[preference]\nlearning_rat = 1\n";
         let error = Recipe::parse(text, "x.toml").unwrap_err().to_string();
-        assert!(error.contains("x.toml") && error.contains("learning_rat"), "{error}");
+        assert!(
+            error.contains("x.toml") && error.contains("learning_rat"),
+            "{error}"
+        );
         assert!(error.contains("line 4"), "{error}");
     }
 
@@ -494,9 +559,18 @@ mod tests {
         for (text, key) in [
             ("name = \"../x\"\n[task]", "`name`"),
             ("name = \"x\"", "`data`"),
-            ("name = \"x\"\n[task]\n[preference]\nbatch_size = 0", "`preference.batch_size`"),
-            ("name = \"x\"\n[task]\n[preference]\nepochs = -1.0", "`preference.epochs`"),
-            ("name = \"x\"\n[task]\n[preference.optimizer]\nbeta1 = 1.0", "beta1"),
+            (
+                "name = \"x\"\n[task]\n[preference]\nbatch_size = 0",
+                "`preference.batch_size`",
+            ),
+            (
+                "name = \"x\"\n[task]\n[preference]\nepochs = -1.0",
+                "`preference.epochs`",
+            ),
+            (
+                "name = \"x\"\n[task]\n[preference.optimizer]\nbeta1 = 1.0",
+                "beta1",
+            ),
             ("name = \"x\"\n[task]\n[preference]\nbeta = 0.0", "beta"),
             ("name = \"x\"\n[data]\ntrain = \"a\"", "`model.path`"),
         ] {
@@ -514,10 +588,18 @@ mod tests {
             ..OptimizerRecipe::default()
         };
         let rates = |schedule| -> Vec<f64> {
-            (0..7).map(|step| recipe(schedule).learning_rate_at(step, 6)).collect()
+            (0..7)
+                .map(|step| recipe(schedule).learning_rate_at(step, 6))
+                .collect()
         };
-        assert_eq!(rates(Schedule::Constant), [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]);
-        assert_eq!(rates(Schedule::Linear), [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]);
+        assert_eq!(
+            rates(Schedule::Constant),
+            [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
+        );
+        assert_eq!(
+            rates(Schedule::Linear),
+            [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+        );
         let cosine = rates(Schedule::Cosine);
         assert!((cosine[4] - 0.5).abs() < 1e-15 && cosine[6].abs() < 1e-15);
     }

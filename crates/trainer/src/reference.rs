@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Mutex;
 
 use burn::tensor::Device;
 use lm::data::PreferencePair;
@@ -11,6 +12,7 @@ use lm::{CompletionBatch, Transformer};
 use crate::checkpoint::digest_of;
 use crate::error::TrainError;
 use crate::progress::Progress;
+use crate::workers::Workers;
 
 /// Summed logps of chosen and rejected completions under the reference, in the order of the data.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,14 +25,19 @@ pub struct ReferenceLogps {
 
 impl ReferenceLogps {
     /// Scores all pairs, `batch_size` at a time.
+    ///
+    /// # Panics
+    ///
+    /// If the device fails.
     pub fn compute(
         reference: &Transformer,
         pairs: &[PreferencePair],
         batch_size: usize,
+        workers: &Workers,
         label: &str,
     ) -> Self {
         let device = reference.device();
-        let mut progress = Progress::new(label, "pairs", pairs.len(), 0);
+        let progress = Mutex::new(Progress::new(label, "pairs", pairs.len(), 0));
         let mut logps = Self {
             chosen: vec![0.0; pairs.len()],
             rejected: vec![0.0; pairs.len()],
@@ -38,21 +45,36 @@ impl ReferenceLogps {
         // Pairs of like length share a batch, so that little of it is padding.
         let mut order: Vec<usize> = (0..pairs.len()).collect();
         order.sort_by_key(|&index| longest(&pairs[index]));
-        for chunk in order.chunks(batch_size) {
-            let batch = pair_batch(chunk.iter().map(|&index| &pairs[index]), &device);
+        let chunks: Vec<&[usize]> = order.chunks(batch_size).collect();
+        let sums = workers.map(chunks.len(), |index| {
+            let chunk = chunks[index];
+            let batch = pair_batch(
+                chunk.iter().map(|&index| &pairs[index]),
+                reference.config().hidden_size,
+                &device,
+            );
             let sums: Vec<f32> = reference
                 .score(&batch, false)
                 .table
                 .sums()
                 .try_into_vec_as()
                 .expect("logps of a working device can be read");
+            progress
+                .lock()
+                .expect("no worker panics holding the lock")
+                .advance(chunk.len(), "");
+            sums
+        });
+        for (chunk, sums) in chunks.into_iter().zip(sums) {
             for (slot, &index) in chunk.iter().enumerate() {
                 logps.chosen[index] = sums[slot];
                 logps.rejected[index] = sums[chunk.len() + slot];
             }
-            progress.advance(chunk.len(), "");
         }
-        progress.finish();
+        progress
+            .into_inner()
+            .expect("no worker panics holding the lock")
+            .finish();
         logps
     }
 
@@ -102,15 +124,21 @@ fn longest(pair: &PreferencePair) -> usize {
     pair.prompt_ids.len() + pair.chosen_ids.len().max(pair.rejected_ids.len())
 }
 
-/// A batch of the chosen completions of some pairs, followed by their rejected ones.
+/// A batch of the chosen completions of some pairs, followed by their rejected ones, for a model
+/// `hidden_size` wide.
 pub fn pair_batch<'a>(
-    pairs: impl Iterator<Item = &'a PreferencePair> + Clone,
+    pairs: impl Iterator<Item = &'a PreferencePair>,
+    hidden_size: usize,
     device: &Device,
 ) -> CompletionBatch {
-    let chosen = pairs
-        .clone()
-        .map(|pair| (&pair.prompt_ids[..], &pair.chosen_ids[..]));
-    let rejected = pairs.map(|pair| (&pair.prompt_ids[..], &pair.rejected_ids[..]));
-    let rows: Vec<(&[u32], &[u32])> = chosen.chain(rejected).collect();
-    CompletionBatch::new(&rows, device)
+    let pairs: Vec<(&[u32], &[u32], &[u32])> = pairs
+        .map(|pair| {
+            (
+                &pair.prompt_ids[..],
+                &pair.chosen_ids[..],
+                &pair.rejected_ids[..],
+            )
+        })
+        .collect();
+    CompletionBatch::for_pairs(&pairs, hidden_size, device)
 }

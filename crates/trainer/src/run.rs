@@ -24,6 +24,7 @@ use crate::recipe::{PreferenceRecipe, Recipe};
 use crate::reference::{ReferenceLogps, pair_batch};
 use crate::stage::{Done, Place, Stage};
 use crate::statistics::Estimate;
+use crate::workers::Workers;
 
 /// Where a run goes, and on what.
 #[derive(Clone, Debug)]
@@ -71,6 +72,7 @@ pub fn train(recipe: &Recipe, options: &RunOptions) -> Result<Finished, TrainErr
         device,
         prepared,
         session: began,
+        workers: Workers::new(recipe.workers),
     };
     run.finish(options, &resolved)
 }
@@ -85,6 +87,7 @@ struct Run<'a> {
     device: Device,
     prepared: Prepared,
     session: Instant,
+    workers: Workers,
 }
 
 /// The stage after fine-tuning, and the parts of its data.
@@ -376,7 +379,7 @@ impl Run<'_> {
         let (mut learner, done) = self.begin(&stage, self.prepared.model.clone(), optimizer)?;
         let mut log = self.log(|at, step| at == stage.name && step <= done.step)?;
         let checkpoints = self.path(names::CHECKPOINTS);
-        let examples = &self.prepared.sft;
+        let (examples, device) = (&self.prepared.sft, &self.device);
         stage
             .run(
                 &mut learner,
@@ -391,7 +394,7 @@ impl Run<'_> {
                             (&example.prompt_ids[..], &example.completion_ids[..])
                         })
                         .collect();
-                    sft_micro_batch(model, &CompletionBatch::new(&rows, &self.device))
+                    sft_micro_batch(model, &CompletionBatch::new(&rows, device))
                 },
                 |_| Ok(Map::new()),
             )
@@ -424,6 +427,7 @@ impl Run<'_> {
         let mut log =
             self.log(|at, step| at != stage.name || (step <= done.step && done.step > 0))?;
         let checkpoints = self.path(names::CHECKPOINTS);
+        let device = &self.device;
         let done = stage.run(
             &mut learner,
             done,
@@ -436,8 +440,8 @@ impl Run<'_> {
                 let (chosen, rejected) = (pick(&train_logps.chosen), pick(&train_logps.rejected));
                 preference_micro_batch(
                     model,
-                    &pair_batch(pairs, &self.device),
-                    &pair_logps(&chosen, &rejected, &self.device),
+                    &pair_batch(pairs, model.config().hidden_size, device),
+                    &pair_logps(&chosen, &rejected, device),
                     recipe.beta,
                 )
             },
@@ -448,6 +452,7 @@ impl Run<'_> {
                     &eval_logps,
                     recipe.beta,
                     recipe.eval_batch_size,
+                    &self.workers,
                 ))
             },
         );
@@ -471,7 +476,13 @@ impl Run<'_> {
             eprintln!("warning: {path}: damaged; the logps are computed again");
         }
         let label = format!("reference logps, {split}");
-        let logps = ReferenceLogps::compute(reference, pairs, recipe.eval_batch_size, &label);
+        let logps = ReferenceLogps::compute(
+            reference,
+            pairs,
+            recipe.eval_batch_size,
+            &self.workers,
+            &label,
+        );
         let sides = logps.chosen.iter().zip(&logps.rejected).zip(pairs);
         for ((chosen, rejected), pair) in sides {
             if let Some(value) = [chosen, rejected].into_iter().find(|x| !x.is_finite()) {
@@ -504,10 +515,12 @@ impl Run<'_> {
             eprintln!("warning: {line}; passed over");
         }
         let Some((path, position)) = newest.whole else {
-            return Ok((Learner::new(model, optimizer), Done::default()));
+            let learner = Learner::new(model, optimizer).with_workers(self.workers.clone());
+            return Ok((learner, Done::default()));
         };
         eprintln!("resuming from {}", path.display());
-        let learner = checkpoint::load(&path, &position, optimizer, &self.device)?;
+        let learner = checkpoint::load(&path, &position, optimizer, &self.device)?
+            .with_workers(self.workers.clone());
         let done = Done {
             step: position.step,
             n_tokens: position.n_tokens,
@@ -534,7 +547,8 @@ impl Run<'_> {
         let seed = self.recipe.seed;
         let sample = |model: &Transformer, label: &str| -> Result<Vec<Generated>, TrainError> {
             let most = numbers.max_new_tokens;
-            sample_completions(model, &prompts, most, &[task.task.eos_id()], seed, label)
+            let eos = [task.task.eos_id()];
+            sample_completions(model, &prompts, most, &eos, seed, &self.workers, label)
         };
         let sft = sample(reference, "sample from SFT")?;
         let dpo = sample(policy, "sample from DPO")?;

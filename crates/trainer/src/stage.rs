@@ -95,7 +95,7 @@ impl Stage<'_> {
         mut done: Done,
         log: &mut MetricsLog,
         place: &Place<'_>,
-        mut micro: impl FnMut(&Transformer, &[usize]) -> MicroBatch,
+        micro: impl Fn(&Transformer, &[usize]) -> MicroBatch + Sync,
         mut evaluate: impl FnMut(&Transformer) -> Result<Map<String, Value>, TrainError>,
     ) -> Result<Done, TrainError> {
         let mut order = self.order();

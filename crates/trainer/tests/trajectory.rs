@@ -1,0 +1,156 @@
+//! A preference run reproduces TRL's, step by step: loss, rewards, logps, gradient norm.
+//!
+//! `testdata/trl` was made by `testdata/scripts/make_trl_fixture.py`. The variable `R2Q_GOLDEN` may
+//! name a directory with a longer run of the same form.
+
+use std::path::{Path, PathBuf};
+
+use burn::module::Module;
+use burn::tensor::Device;
+use dpo_loss::{Beta, PairLogps};
+use lm::Transformer;
+use lm::data::PreferencePair;
+use serde_json::Value;
+use trainer::reference::pair_batch;
+use trainer::{AdamW, Learner, OptimizerRecipe, Schedule, preference_micro_batch};
+
+/// Both sides compute in f32; TRL's own f32 and f64 runs drift 3e-6 apart over as many steps.
+const RELATIVE: f64 = 1e-3;
+/// Values near zero are compared absolutely: rewards are differences of logps of size 50.
+const ABSOLUTE: f64 = 2e-5;
+
+struct Golden {
+    folder: PathBuf,
+    file: Value,
+}
+
+fn goldens() -> Vec<Golden> {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata");
+    let mut found = vec![(data.join("trl/trajectory.json"), data)];
+    if let Some(root) = std::env::var_os("R2Q_GOLDEN").map(PathBuf::from) {
+        found.push((root.join("dpo_trajectory.json"), root));
+    }
+    found
+        .into_iter()
+        .map(|(path, folder)| Golden {
+            file: serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap(),
+            folder,
+        })
+        .collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    let values = value.as_array().unwrap();
+    values
+        .iter()
+        .map(|id| id.as_u64().unwrap() as u32)
+        .collect()
+}
+
+fn pairs(file: &Value) -> Vec<PreferencePair> {
+    let rows = file["tokenized_pairs"].as_array().unwrap();
+    rows.iter()
+        .enumerate()
+        .map(|(row, pair)| PreferencePair {
+            prompt_ids: ids(&pair["prompt_ids"]),
+            chosen_ids: ids(&pair["chosen_ids"]),
+            rejected_ids: ids(&pair["rejected_ids"]),
+            row,
+        })
+        .collect()
+}
+
+fn optimizer(config: &Value) -> OptimizerRecipe {
+    let number = |name: &str| config[name].as_f64().unwrap();
+    OptimizerRecipe {
+        learning_rate: number("learning_rate"),
+        beta1: number("adam_beta1"),
+        beta2: number("adam_beta2"),
+        epsilon: number("adam_epsilon"),
+        weight_decay: number("weight_decay"),
+        max_grad_norm: number("max_grad_norm"),
+        schedule: match config["lr_scheduler_type"].as_str().unwrap() {
+            "constant" => Schedule::Constant,
+            "linear" => Schedule::Linear,
+            "cosine" => Schedule::Cosine,
+            other => panic!("schedule {other}"),
+        },
+        warmup_steps: number("warmup_steps") as usize,
+    }
+}
+
+fn assert_close(got: f64, expected: &Value, what: &str) {
+    let expected = expected
+        .as_f64()
+        .unwrap_or_else(|| panic!("{what} is a number"));
+    let error = (got - expected).abs();
+    assert!(
+        error <= ABSOLUTE + RELATIVE * expected.abs(),
+        "{what}: {got} against {expected}"
+    );
+}
+
+fn reproduce(golden: &Golden, run: &str) {
+    let run_value = &golden.file["runs"][run];
+    let config = &run_value["config"];
+    let steps = run_value["steps"].as_array().unwrap();
+    let pairs = pairs(&golden.file);
+    let device = Device::default();
+    let weights = golden.file["initial_weights"].as_str().unwrap();
+    let initial = Transformer::read(&golden.folder.join(weights), &device).unwrap();
+    let hidden_size = initial.config().hidden_size;
+    let recipe = optimizer(config);
+    let beta = Beta::new(config["beta"].as_f64().unwrap()).unwrap();
+    let batch_size = config["per_device_train_batch_size"].as_u64().unwrap() as usize;
+    let accumulation = config["gradient_accumulation_steps"].as_u64().unwrap() as usize;
+    let mut learner = Learner::new(initial.clone(), AdamW::new(&recipe));
+    let reference = initial.train();
+    let mut n_tokens = 0;
+    for (step, expected) in steps.iter().enumerate() {
+        let learning_rate = recipe.learning_rate_at(step, steps.len());
+        let outcome = learner.step(accumulation, learning_rate, |model, micro| {
+            let next = (step * accumulation + micro) * batch_size;
+            let chosen: Vec<_> = (0..batch_size)
+                .map(|i| &pairs[(next + i) % pairs.len()])
+                .collect();
+            let batch = pair_batch(chosen.into_iter(), hidden_size, &device);
+            // By the policy's own path, so that at the first step all pairs are exact ties.
+            let sums = reference.score(&batch, false).table.sums().inner();
+            let reference = PairLogps::from_halves(sums);
+            preference_micro_batch(model, &batch, &reference, beta)
+        });
+        let at = |what: &str| format!("{run} step {} {what}", step + 1);
+        assert!(outcome.updated);
+        assert_close(outcome.loss, &expected["loss"], &at("loss"));
+        assert_close(outcome.grad_norm, &expected["grad_norm"], &at("grad_norm"));
+        assert_close(
+            learning_rate,
+            &expected["learning_rate"],
+            &at("learning_rate"),
+        );
+        for (name, value) in &outcome.metrics {
+            assert_close(*value, &expected[*name], &at(name));
+        }
+        n_tokens += outcome.n_tokens;
+        assert_close(n_tokens as f64, &expected["num_tokens"], &at("num_tokens"));
+    }
+    let last = learner.snapshot().to_host();
+    let norms = run_value["final_parameter_l2_norms"].as_object().unwrap();
+    assert!(norms.len() >= last.len());
+    for (name, tensor) in last {
+        let squares: f64 = tensor.values.iter().map(|&x| f64::from(x).powi(2)).sum();
+        assert_close(
+            squares.sqrt(),
+            &norms[&name],
+            &format!("{run} final norm of {name}"),
+        );
+    }
+}
+
+#[test]
+fn a_dpo_run_reproduces_every_figure_of_trl() {
+    for golden in goldens() {
+        reproduce(&golden, "main");
+        reproduce(&golden, "clip_off");
+    }
+}
