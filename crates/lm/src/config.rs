@@ -6,6 +6,9 @@ use serde_json::{Map, Value};
 
 use crate::error::LmError;
 
+/// A table of a configuration file, with its field's name.
+type NamedTable<'a> = (&'static str, &'a Map<String, Value>);
+
 /// The families of causal language models that are supported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
@@ -361,7 +364,7 @@ impl ModelConfig {
             _ => "hidden_size",
         };
         let needs_division = matches!(self.family, Family::Gpt2 | Family::GptNeox);
-        if needs_division && self.hidden_size % self.n_heads != 0 {
+        if needs_division && !self.hidden_size.is_multiple_of(self.n_heads) {
             return Err(fields.error(
                 hidden_field,
                 format!(
@@ -370,7 +373,7 @@ impl ModelConfig {
                 ),
             ));
         }
-        if self.n_heads % self.n_kv_heads != 0 {
+        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
             return Err(fields.error(
                 "num_key_value_heads",
                 format!("{} does not divide {} heads", self.n_kv_heads, self.n_heads),
@@ -517,7 +520,7 @@ impl Fields<'_> {
     }
 
     /// The newer style's `rope_parameters`, or the older style's `rope_scaling`.
-    fn rope_table(&self) -> Result<Option<(&'static str, &Map<String, Value>)>, LmError> {
+    fn rope_table(&self) -> Result<Option<NamedTable<'_>>, LmError> {
         for field in ["rope_parameters", "rope_scaling"] {
             match self.get(field) {
                 None => {}

@@ -262,6 +262,10 @@ impl Transformer {
     }
 
     /// All parameters on the host, by their names on disk.
+    ///
+    /// # Panics
+    ///
+    /// If the device fails.
     pub fn to_host(&self) -> BTreeMap<String, HostTensor> {
         let mut visitor = Collector::default();
         self.visit(&mut visitor);

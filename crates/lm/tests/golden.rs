@@ -3,6 +3,8 @@
 //! Each folder of `testdata/lm` was made by `testdata/scripts/make_lm_fixtures.py`. The variable
 //! `R2Q_GOLDEN` may name a directory with further folders of the same form.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests unwrap as tests do")]
+
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
