@@ -22,6 +22,10 @@ use crate::workers::Workers;
 /// `mean_token_accuracy` are means over the tokens of a batch.
 ///
 /// Returns nothing for no pairs.
+///
+/// # Panics
+///
+/// If `batch_size` is zero, `reference` is shorter than `pairs`, or the device fails.
 pub fn preference_metrics(
     model: &Transformer,
     pairs: &[PreferencePair],
@@ -144,15 +148,20 @@ pub fn wins(ours: &[f64], theirs: &[f64]) -> Vec<f64> {
 pub struct ReadToken {
     /// Token id.
     pub id: u32,
-    /// log π(a|s), nats.
+    /// `log π(a|s)`, nats.
     pub policy_logp: f32,
-    /// log π_ref(a|s), nats.
+    /// `log π_ref(a|s)`, nats.
     pub reference_logp: f32,
-    /// β log π/π_ref, reward units.
+    /// `β log (π / π_ref)`, reward units.
     pub implicit_reward: f32,
 }
 
 /// Reads the implicit reward off every token of one completion.
+///
+/// # Panics
+///
+/// If there is no token to predict (the first one after an empty prompt is not), or the device
+/// fails.
 pub fn read_completion(
     policy: &Transformer,
     reference: &Transformer,

@@ -201,6 +201,10 @@ pub fn preference_micro_batch(
 }
 
 /// The values of [`PREFERENCE_METRICS`] for a scored batch.
+///
+/// # Panics
+///
+/// If the batch was scored without statistics.
 pub fn preference_values(
     scored: &Scored,
     batch: &CompletionBatch,
@@ -241,6 +245,10 @@ pub fn preference_values(
 }
 
 /// A fine-tuning micro-batch: the mean negative logp of its completion tokens.
+#[expect(
+    clippy::missing_panics_doc,
+    reason = "the statistics are asked for here"
+)]
 pub fn sft_micro_batch(model: &Transformer, batch: &CompletionBatch) -> MicroBatch {
     let scored = model.score(batch, true);
     let stats = scored.stats.expect("the statistics were asked for");

@@ -47,6 +47,10 @@ impl FlatGradients {
     }
 
     /// The Euclidean norm over all parameters together.
+    ///
+    /// # Panics
+    ///
+    /// If the device fails.
     pub fn norm(&self) -> f64 {
         let squares: Vec<Tensor<1>> = self
             .by_path
@@ -156,6 +160,10 @@ impl AdamW {
     }
 
     /// The state on the host, for a checkpoint.
+    ///
+    /// # Panics
+    ///
+    /// If the device fails.
     pub fn to_host(&self) -> BTreeMap<String, HostTensor> {
         let host = |tensor: &Tensor<1>| HostTensor {
             shape: tensor.dims().to_vec(),

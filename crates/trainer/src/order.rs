@@ -35,6 +35,10 @@ impl Order {
     }
 
     /// The micro-batches of a step, counted from 0.
+    ///
+    /// # Panics
+    ///
+    /// If there are no examples.
     pub fn step(&mut self, step: usize) -> Vec<Vec<usize>> {
         let per_epoch = self.steps_per_epoch();
         let (epoch, within) = (step / per_epoch, step % per_epoch);

@@ -46,7 +46,7 @@ pub struct Judged {
     clippy::too_many_arguments,
     reason = "a report draws on every part of a run, once"
 )]
-pub fn write_report(
+pub(crate) fn write_report(
     path: &Path,
     recipe: &Recipe,
     resolved: &str,

@@ -3,6 +3,8 @@
 //! `testdata/trl` was made by `testdata/scripts/make_trl_fixture.py`. The variable `R2Q_GOLDEN` may
 //! name a directory with a longer run of the same form.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests unwrap as tests do")]
+
 use std::path::{Path, PathBuf};
 
 use burn::module::Module;
