@@ -278,7 +278,10 @@ mod defaults {
 
 impl Recipe {
     /// The main job: the embedded task, from nothing to a preference-trained policy.
-    #[expect(clippy::missing_panics_doc, reason = "the recipe is part of the source")]
+    #[expect(
+        clippy::missing_panics_doc,
+        reason = "the recipe is part of the source"
+    )]
     pub fn memo() -> Self {
         Self::parse(
             include_str!("../../../recipes/memo.toml"),
