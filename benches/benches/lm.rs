@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use dpo_loss::{Beta, token_logps};
+use dpo_loss::{Beta, Objectives, token_logps};
 use lm::{CompletionBatch, LlamaShape, ModelConfig, Transformer};
 use trainer::{AdamW, Learner, OptimizerRecipe, pair_logps, preference_micro_batch};
 
@@ -95,6 +95,7 @@ fn training_step(c: &mut Criterion) {
         .map(|row| (ids(PROMPT, row % PAIRS), ids(COMPLETION, 100 + row)))
         .collect();
     let rows: Vec<(&[u32], &[u32])> = texts.iter().map(|(p, c)| (&p[..], &c[..])).collect();
+    let objectives = Objectives::default();
     let beta = Beta::new(0.1).expect("a tenth is a valid strength");
     // About what a fresh model gives: 24 tokens at the logarithm of the vocabulary.
     let reference = [-137.0; PAIRS];
@@ -108,7 +109,7 @@ fn training_step(c: &mut Criterion) {
             let outcome = learner.step(1, 1e-6, |model, _| {
                 let batch = CompletionBatch::new(&rows, &device);
                 let reference = pair_logps(&reference, &reference, &device);
-                preference_micro_batch(model, &batch, &reference, beta)
+                preference_micro_batch(model, &batch, &reference, &objectives, beta)
             });
             wait(&device);
             assert!(outcome.updated, "the loss stays a number");

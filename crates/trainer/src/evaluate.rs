@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use dpo_loss::{Beta, PairLogps, dpo_loss};
+use dpo_loss::{Beta, Objectives};
 use implicit_reward::token_rewards;
 use lm::data::PreferencePair;
 use lm::{CompletionBatch, Decoding, Generate, Generated, Sampling, Transformer};
@@ -10,7 +10,7 @@ use memo_task::TokenReward;
 use serde_json::{Map, Value};
 
 use crate::error::TrainError;
-use crate::learner::{PREFERENCE_METRICS, pair_logps, preference_values};
+use crate::learner::{PREFERENCE_METRICS, pair_logps, preference_loss, preference_values};
 use crate::prepare::PreparedTask;
 use crate::progress::Progress;
 use crate::reference::{ReferenceLogps, pair_batch};
@@ -30,7 +30,7 @@ pub fn preference_metrics(
     model: &Transformer,
     pairs: &[PreferencePair],
     reference: &ReferenceLogps,
-    beta: Beta,
+    (objectives, beta): (&Objectives, Beta),
     batch_size: usize,
     workers: &Workers,
 ) -> Map<String, Value> {
@@ -51,8 +51,7 @@ pub fn preference_metrics(
             &device,
         );
         let scored = model.score(&batch, true);
-        let policy = PairLogps::from_halves(scored.table.sums());
-        let loss = dpo_loss(&policy, &reference, beta).mean();
+        let (loss, policy) = preference_loss(&scored, &reference, objectives, beta);
         let values = preference_values(&scored, &batch, &policy, &reference, beta);
         burn::tensor::Tensor::cat(vec![loss, values], 0)
             .try_into_vec_as()

@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use dpo_loss::{Beta, PairLogps, dpo_loss};
+use dpo_loss::{Beta, Objectives, PairBatch, PairLogps, PairTokens};
 use implicit_reward::PairRewards;
 use lm::{CompletionBatch, Scored, Transformer};
 
@@ -179,25 +179,44 @@ pub const PREFERENCE_METRICS: [&str; 10] = [
 /// Names of the fine-tuning stage's metrics, as TRL has them.
 pub const SFT_METRICS: [&str; 2] = ["entropy", "mean_token_accuracy"];
 
-/// A preference micro-batch: the mean DPO loss of its pairs.
+/// A preference micro-batch: the loss of its pairs under the objectives, DPO's by default.
 ///
 /// The batch holds the chosen completions, then in the same order the rejected ones; `reference`
 /// holds the reference's summed logps of each.
+///
+/// # Panics
+///
+/// If the objectives need more than summed reference logps, which a checked recipe does not ask.
 pub fn preference_micro_batch(
     model: &Transformer,
     batch: &CompletionBatch,
     reference: &PairLogps,
+    objectives: &Objectives,
     beta: Beta,
 ) -> MicroBatch {
     let scored = model.score(batch, true);
-    let policy = PairLogps::from_halves(scored.table.sums());
-    let loss = dpo_loss(&policy, reference, beta).mean();
+    let (loss, policy) = preference_loss(&scored, reference, objectives, beta);
     MicroBatch {
         loss,
         names: &PREFERENCE_METRICS,
         values: preference_values(&scored, batch, &policy, reference, beta),
         n_tokens: batch.n_tokens(),
     }
+}
+
+/// The loss of a scored batch, and the policy's summed logps as the objectives see them.
+pub(crate) fn preference_loss(
+    scored: &Scored,
+    reference: &PairLogps,
+    objectives: &Objectives,
+    beta: Beta,
+) -> (Tensor<1>, PairLogps) {
+    let tokens = PairTokens::from_halves(scored.table.clone());
+    let policy = objectives.sums(&tokens);
+    let loss = objectives
+        .loss(&PairBatch::new(tokens, reference.clone()), beta)
+        .expect("a checked recipe names objectives that summed reference logps suffice for");
+    (loss, policy)
 }
 
 /// The values of [`PREFERENCE_METRICS`] for a scored batch.

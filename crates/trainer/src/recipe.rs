@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use dpo_loss::Beta;
+use dpo_loss::{Beta, Objectives, ReferenceNeed};
 use lm::data::Boundary;
 use memo_task::MemoConfig;
 use serde::{Deserialize, Serialize};
@@ -122,6 +122,8 @@ pub struct SftRecipe {
 pub struct PreferenceRecipe {
     /// Strength of the KL penalty, in reward units per nat.
     pub beta: Beta,
+    /// The loss, by TRL's names: one or several with weights, and their parameters.
+    pub objective: Objectives,
     /// Passes over the pairs.
     pub epochs: f64,
     /// The most steps; 0 sets no limit.
@@ -230,6 +232,7 @@ impl Default for PreferenceRecipe {
     fn default() -> Self {
         Self {
             beta: Beta::new(0.1).expect("a tenth is a valid strength"),
+            objective: Objectives::default(),
             epochs: 1.0,
             max_steps: 0,
             batch_size: 8,
@@ -426,6 +429,17 @@ impl Recipe {
         check_stage("preference", epochs, batch, stage.accumulation, &wrong)?;
         if stage.eval_batch_size == 0 {
             return Err(wrong("preference.eval_batch_size", "at least 1", &0));
+        }
+        let needs = stage.objective.needs();
+        if needs.reference == ReferenceNeed::Tokens
+            || needs.log_sum_sq_probs
+            || needs.position_kls
+            || needs.token_weights
+            || needs.step_mask
+        {
+            let expected = "losses that summed logps suffice for";
+            let got = "one that needs more of each token than the trainer keeps";
+            return Err(wrong("preference.objective", expected, &got));
         }
         if self.checkpoints.keep == 0 {
             return Err(wrong("checkpoints.keep", "at least 1", &0));

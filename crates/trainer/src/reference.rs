@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Mutex;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
+use dpo_loss::{Objectives, PairTokens};
 use lm::data::PreferencePair;
 use lm::weights::{HostTensor, WeightFiles, write_safetensors};
 use lm::{CompletionBatch, Transformer};
@@ -33,6 +34,7 @@ impl ReferenceLogps {
         reference: &Transformer,
         pairs: &[PreferencePair],
         batch_size: usize,
+        objectives: &Objectives,
         workers: &Workers,
         label: &str,
     ) -> Self {
@@ -53,10 +55,10 @@ impl ReferenceLogps {
                 reference.config().hidden_size,
                 &device,
             );
-            let sums: Vec<f32> = reference
-                .score(&batch, false)
-                .table
-                .sums()
+            let table = reference.score(&batch, false).table;
+            // As the objectives sum the policy's, so that both sides are alike.
+            let sums = objectives.sums(&PairTokens::from_halves(table));
+            let sums: Vec<f32> = Tensor::cat(vec![sums.chosen, sums.rejected], 0)
                 .try_into_vec_as()
                 .expect("logps of a working device can be read");
             progress

@@ -442,6 +442,7 @@ impl Run<'_> {
                     model,
                     &pair_batch(pairs, model.config().hidden_size, device),
                     &pair_logps(&chosen, &rejected, device),
+                    &recipe.objective,
                     recipe.beta,
                 )
             },
@@ -450,7 +451,7 @@ impl Run<'_> {
                     model,
                     eval,
                     &eval_logps,
-                    recipe.beta,
+                    (&recipe.objective, recipe.beta),
                     recipe.eval_batch_size,
                     &self.workers,
                 ))
@@ -480,6 +481,7 @@ impl Run<'_> {
             reference,
             pairs,
             recipe.eval_batch_size,
+            &recipe.objective,
             &self.workers,
             &label,
         );

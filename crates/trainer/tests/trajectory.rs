@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::Device;
-use dpo_loss::{Beta, PairLogps};
+use dpo_loss::{Beta, LossConfig, Objectives, PairLogps};
 use lm::Transformer;
 use lm::data::PreferencePair;
 use serde_json::Value;
@@ -81,6 +81,30 @@ fn optimizer(config: &Value) -> OptimizerRecipe {
     }
 }
 
+fn objectives(config: &Value) -> Objectives {
+    let names = match &config["loss_type"] {
+        Value::String(name) => vec![name.as_str()],
+        names => names
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|name| name.as_str().unwrap())
+            .collect(),
+    };
+    let weights = config["loss_weights"].as_array().map(|weights| {
+        weights
+            .iter()
+            .map(|weight| weight.as_f64().unwrap())
+            .collect()
+    });
+    let config = LossConfig {
+        loss: names.iter().map(|name| name.parse().unwrap()).collect(),
+        loss_weights: weights.unwrap_or_default(),
+        ..LossConfig::default()
+    };
+    Objectives::new(config).unwrap()
+}
+
 fn assert_close(got: f64, expected: &Value, what: &str) {
     let expected = expected
         .as_f64()
@@ -103,6 +127,7 @@ fn reproduce(golden: &Golden, run: &str) {
     let hidden_size = initial.config().hidden_size;
     let recipe = optimizer(config);
     let beta = Beta::new(config["beta"].as_f64().unwrap()).unwrap();
+    let objectives = objectives(config);
     let batch_size = config["per_device_train_batch_size"].as_u64().unwrap() as usize;
     let accumulation = config["gradient_accumulation_steps"].as_u64().unwrap() as usize;
     let mut learner = Learner::new(initial.clone(), AdamW::new(&recipe));
@@ -119,7 +144,7 @@ fn reproduce(golden: &Golden, run: &str) {
             // By the policy's own path, so that at the first step all pairs are exact ties.
             let sums = reference.score(&batch, false).table.sums().inner();
             let reference = PairLogps::from_halves(sums);
-            preference_micro_batch(model, &batch, &reference, beta)
+            preference_micro_batch(model, &batch, &reference, &objectives, beta)
         });
         let at = |what: &str| format!("{run} step {} {what}", step + 1);
         assert!(outcome.updated);
@@ -154,5 +179,7 @@ fn a_dpo_run_reproduces_every_figure_of_trl() {
     for golden in goldens() {
         reproduce(&golden, "main");
         reproduce(&golden, "clip_off");
+        reproduce(&golden, "ipo_warmup_linear_wd_accum");
+        reproduce(&golden, "cosine_mpo");
     }
 }
