@@ -217,7 +217,7 @@ fn an_empty_completion_is_refused_dropped_or_kept() {
     let error = tokenize_pairs(&rows, &tokenizer, None, &options()).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "pairs.jsonl row 2: column `rejected`: expected a completion, got an empty one; empty_completions can also be `drop` or `keep`"
+        "pairs.jsonl row 2: column `rejected`: expected a completion, got an empty one; --empty-completions drop (or keep) goes on"
     );
     let with = |empty_completions| TokenizeOptions {
         empty_completions,

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use lm::data::{Boundary, EmptyCompletions, Treatment};
 use trainer::{DataRecipe, Recipe, RunOptions, train};
 
 /// Training allocates and frees tensors of megabytes all the time; this allocator keeps their
@@ -78,9 +79,23 @@ struct TrainArgs {
     /// Encode prompt and completion apart, for tokenizers that merge across spaces.
     #[arg(long, requires = "data")]
     encode_apart: bool,
+    /// Leave out rows that are not preferences, instead of refusing the file.
+    #[arg(long, requires = "data")]
+    drop_malformed_rows: bool,
+    /// What to do with an empty completion: refuse (an error), drop (leave the row out), or keep
+    /// (its end of text alone, as TRL does).
+    #[arg(long, value_name = "WAY", requires = "data", default_value = "refuse")]
+    empty_completions: EmptyWay,
     /// Where to compute: cpu, wgpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum EmptyWay {
+    Refuse,
+    Drop,
+    Keep,
 }
 
 fn main() -> ExitCode {
@@ -171,10 +186,20 @@ fn recipe(args: &TrainArgs) -> anyhow::Result<Recipe> {
                 train: data.clone(),
                 eval: args.eval_data.clone(),
                 max_length: args.max_length.unwrap_or(1024),
-                boundary: if args.encode_apart {
-                    lm::data::Boundary::Apart
+                malformed_rows: if args.drop_malformed_rows {
+                    Treatment::Drop
                 } else {
-                    lm::data::Boundary::Joined
+                    Treatment::Refuse
+                },
+                empty_completions: match args.empty_completions {
+                    EmptyWay::Refuse => EmptyCompletions::Refuse,
+                    EmptyWay::Drop => EmptyCompletions::Drop,
+                    EmptyWay::Keep => EmptyCompletions::Keep,
+                },
+                boundary: if args.encode_apart {
+                    Boundary::Apart
+                } else {
+                    Boundary::Joined
                 },
             };
             Recipe::files(&name, model.clone(), data)

@@ -5,8 +5,8 @@ use std::path::Path;
 use burn::tensor::Device;
 use lm::chat::ChatTemplate;
 use lm::data::{
-    DataError, DataReport, PreferencePair, SftExample, TokenizeOptions, read_preferences,
-    tokenize_pairs_observed,
+    DataError, DataReport, PreferencePair, SftExample, TokenizeOptions, load_rows,
+    read_preferences, tokenize_pairs_observed,
 };
 use lm::tokenizer::Tokenizer;
 use lm::{LlamaShape, ModelConfig, Transformer};
@@ -154,11 +154,12 @@ fn prepare_files(
         max_length: Some(data.max_length.min(config.max_positions)),
         window: Some(config.max_positions),
         boundary: data.boundary,
+        empty_completions: data.empty_completions,
         ..TokenizeOptions::new(config.vocab_size)
     };
     let mut reports = Vec::new();
     let mut read = |path: &Path, label: &str| -> Result<Vec<PreferencePair>, TrainError> {
-        let rows = read_preferences(path)?.collect::<Result<Vec<_>, _>>()?;
+        let (rows, malformed) = load_rows(read_preferences(path)?, data.malformed_rows)?;
         let progress = Progress::new(&format!("tokenize {label}"), "rows", rows.len(), 0);
         let progress = std::sync::Mutex::new(progress);
         let observe = || {
@@ -166,7 +167,7 @@ fn prepare_files(
                 progress.advance(1, "");
             }
         };
-        let tokenized =
+        let mut tokenized =
             tokenize_pairs_observed(&rows, &tokenizer, template.as_ref(), &options, &observe)
                 .map_err(|error| match error {
                     // The one error about rows that does not say where they are.
@@ -179,6 +180,7 @@ fn prepare_files(
         if let Ok(progress) = progress.into_inner() {
             progress.finish();
         }
+        tokenized.report += &malformed;
         eprintln!("{}", tokenized.report);
         reports.push((path.display().to_string(), tokenized.report));
         Ok(tokenized.examples)

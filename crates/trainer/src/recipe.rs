@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use dpo_loss::{Beta, Objectives, ReferenceNeed};
-use lm::data::Boundary;
+use lm::data::{Boundary, EmptyCompletions, Treatment};
 use memo_task::MemoConfig;
 use serde::{Deserialize, Serialize};
 
@@ -82,6 +82,12 @@ pub struct DataRecipe {
     /// How prompt and completion meet in tokens.
     #[serde(default)]
     pub boundary: Boundary,
+    /// Rows that are not preferences (a wrong type, a missing column): an error, or left out.
+    #[serde(default = "defaults::malformed_rows")]
+    pub malformed_rows: Treatment,
+    /// Rows with an empty completion: an error, left out, or kept with its end of text alone.
+    #[serde(default)]
+    pub empty_completions: EmptyCompletions,
 }
 
 /// The embedded task: how many memos of each kind, and its own numbers.
@@ -266,6 +272,10 @@ impl Default for CheckpointRecipe {
 }
 
 mod defaults {
+    pub(super) fn malformed_rows() -> lm::data::Treatment {
+        lm::data::Treatment::Refuse
+    }
+
     pub(super) fn seed() -> u64 {
         1
     }

@@ -74,7 +74,7 @@ pub enum DataError {
     },
     /// A completion has nothing to learn from.
     #[error(
-        "{location}: column `{column}`: expected a completion, got an empty one; empty_completions can also be `drop` or `keep`"
+        "{location}: column `{column}`: expected a completion, got an empty one; --empty-completions drop (or keep) goes on"
     )]
     EmptyCompletion {
         /// The row.
