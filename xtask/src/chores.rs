@@ -9,9 +9,10 @@ use anyhow::{Context, bail};
 use crate::root;
 
 /// The fixtures in the order in which they are made: later ones start from the first's models.
-const FIXTURES: [(&str, &str); 3] = [
+const FIXTURES: [(&str, &str); 4] = [
     ("lm", "make_lm_fixtures.py"),
     ("trl", "make_trl_fixture.py"),
+    ("losses", "make_loss_fixtures.py"),
     ("chat", "make_chat_fixture.py"),
 ];
 
