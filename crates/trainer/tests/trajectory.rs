@@ -177,9 +177,13 @@ fn reproduce(golden: &Golden, run: &str) {
 #[test]
 fn a_dpo_run_reproduces_every_figure_of_trl() {
     for golden in goldens() {
+        // Every file has the first two.
         reproduce(&golden, "main");
-        reproduce(&golden, "clip_off");
         reproduce(&golden, "ipo_warmup_linear_wd_accum");
-        reproduce(&golden, "cosine_mpo");
+        for run in ["clip_off", "cosine_mpo"] {
+            if !golden.file["runs"][run].is_null() {
+                reproduce(&golden, run);
+            }
+        }
     }
 }
