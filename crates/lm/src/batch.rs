@@ -194,6 +194,31 @@ impl CompletionBatch {
         }
     }
 
+    /// What `logits`, the [`Transformer::completion_logits`] of this batch, say of its tokens.
+    ///
+    /// # Panics
+    ///
+    /// If there is not one row of logits for each completion token.
+    pub fn scored(&self, logits: Tensor<2>, with_stats: bool) -> Scored {
+        let stats = with_stats.then(|| token_stats(logits.clone(), self.targets.clone()));
+        let flat = token_logps(logits, self.targets.clone());
+        Scored {
+            table: self.table(flat.clone()),
+            flat,
+            stats,
+        }
+    }
+
+    /// One number for each completion token, `[n_tokens]`, put to their places, `[batch, seq]`.
+    ///
+    /// # Panics
+    ///
+    /// If there is not one number for each completion token.
+    pub fn table(&self, flat: Tensor<1>) -> TokenLogps {
+        let [completions, seq] = self.shape;
+        TokenLogps::scatter(flat, self.places.clone(), completions, seq)
+    }
+
     /// Predicted completion tokens, by completion.
     pub fn counts(&self) -> &[usize] {
         &self.counts
@@ -220,16 +245,24 @@ pub struct Scored {
 impl Transformer {
     /// Scores the completions of a batch: `log π(a|s)` of each of their tokens.
     pub fn score(&self, batch: &CompletionBatch, with_stats: bool) -> Scored {
-        let [completions, seq] = batch.shape;
+        batch.scored(self.completion_logits(batch), with_stats)
+    }
+
+    /// The logits that predict each completion token, `[n_tokens, vocab]`, in the order of
+    /// [`Scored::flat`].
+    ///
+    /// For what needs the whole distribution at each token; [`Transformer::score`] for the rest.
+    pub fn completion_logits(&self, batch: &CompletionBatch) -> Tensor<2> {
+        self.head(self.completion_hidden(batch))
+    }
+
+    /// The hidden states that predict each completion token, `[n_tokens, hidden]`, in the order of
+    /// [`Scored::flat`].
+    ///
+    /// [`Transformer::head`] makes logits of them, a few rows at a time where all would not fit.
+    pub fn completion_hidden(&self, batch: &CompletionBatch) -> Tensor<2> {
         let hidden = self.hidden_laid_out(batch.ids.clone(), &batch.layout);
-        let logits = self.head(hidden.select(0, batch.sources.clone()));
-        let stats = with_stats.then(|| token_stats(logits.clone(), batch.targets.clone()));
-        let flat = token_logps(logits, batch.targets.clone());
-        Scored {
-            table: TokenLogps::scatter(flat.clone(), batch.places.clone(), completions, seq),
-            flat,
-            stats,
-        }
+        hidden.select(0, batch.sources.clone())
     }
 }
 
