@@ -1,89 +1,47 @@
-//! Rewards read off a policy and its reference.
+//! Rewards, advantages and values read off a policy and its reference.
 //!
 //! A policy trained from preferences carries a reward for every token:
 //! `r̂(s, a) = β log π(a|s) − β log π_ref(a|s)`, equation 11 of arXiv 2404.12358. At the optimum
 //! it is the advantage of the KL-regularised problem, `Q*(s, a) − V*(s)`, and its sum over a
 //! completion is the sequence's reward up to a constant of the prompt.
 //!
-//! ```
-//! use burn::tensor::{Device, Tensor};
-//! use implicit_reward::{Beta, token_rewards};
+//! | What | Where |
+//! |---|---|
+//! | everything that two rows of logits say of a token | [`read_logits`], [`TokenReadout`] |
+//! | soft action values of the likeliest tokens at a position | [`Candidate`] |
+//! | what a completion's tokens add up to | [`running_sums`], [`value_differences`] |
+//! | against a true reward | [`soft_value_differences`], [`bellman_residuals`] |
+//! | rewards from logps that are already there | [`token_rewards`], [`PairRewards`] |
 //!
-//! let device = Device::default();
-//! let policy = Tensor::<2>::from_floats([[-1.0, -3.0]], &device);
-//! let reference = Tensor::<2>::from_floats([[-2.0, -2.0]], &device);
-//! let rewards = token_rewards(policy, reference, Beta::new(0.1).unwrap());
-//! let rewards: Vec<f32> = rewards.try_into_vec_as().unwrap();
-//! assert!((rewards[0] - 0.1).abs() < 1e-7 && (rewards[1] + 0.1).abs() < 1e-7);
+//! # What a policy does not tell
+//!
+//! Two rewards that differ by shaping, `r' = r + Φ(s') − Φ(s)`, have one optimal policy. So neither
+//! the reward of a token nor the value of a state can be read off it, only what shaping leaves:
+//! the advantage `r + V(s') − V(s)`, and its sums `V(s_t) − V(s_0) + Σ_{i<t} r_i`. Nothing here
+//! returns a bare `V`.
+//!
+//! ```
+//! use implicit_reward::{Beta, read_rows, running_sums};
+//!
+//! // Two tokens of a vocabulary of two; the reference tosses a coin, the policy prefers token 0.
+//! let policy = [3f32.ln(), 0.0, 3f32.ln(), 0.0];
+//! let readouts = read_rows(&policy, &[0.0; 4], &[0, 1], 0)?;
+//! let beta = Beta::new(1.0).unwrap();
+//! let rewards: Vec<f64> = readouts.iter().map(|token| token.implicit_reward(beta)).collect();
+//! // log(3/4 / 1/2), and then log(1/4 / 1/2) more.
+//! let sums = running_sums(&rewards);
+//! assert!((sums[0] - 1.5f64.ln()).abs() < 1e-6 && (sums[1] - 0.75f64.ln()).abs() < 1e-6);
+//! # Ok::<(), implicit_reward::ReadoutError>(())
 //! ```
 
-use burn::tensor::Tensor;
-use dpo_loss::PairLogps;
+mod error;
+mod path;
+mod readout;
+mod rewards;
+mod row;
+
+pub use error::ReadoutError;
 pub use mdp_core::Beta;
-
-/// The implicit reward of each token: `β (log π(a|s) − log π_ref(a|s))`, in reward units.
-///
-/// Both tables hold log-probabilities in nats, `[batch, seq]`, zero outside the completion; so is
-/// the result.
-pub fn token_rewards(policy: Tensor<2>, reference: Tensor<2>, beta: Beta) -> Tensor<2> {
-    (policy - reference).mul_scalar(beta.get())
-}
-
-/// Implicit rewards of the completions of each pair, in reward units.
-#[derive(Clone, Debug)]
-pub struct PairRewards {
-    /// `[batch]`, reward units.
-    pub chosen: Tensor<1>,
-    /// `[batch]`, reward units.
-    pub rejected: Tensor<1>,
-}
-
-impl PairRewards {
-    /// The sums over tokens of the implicit reward: `β (log π(y|x) − log π_ref(y|x))`.
-    pub fn new(policy: &PairLogps, reference: &PairLogps, beta: Beta) -> Self {
-        let logratios = policy.minus(reference);
-        Self {
-            chosen: logratios.chosen.mul_scalar(beta.get()),
-            rejected: logratios.rejected.mul_scalar(beta.get()),
-        }
-    }
-
-    /// Chosen minus rejected, `[batch]`, reward units.
-    pub fn margins(&self) -> Tensor<1> {
-        self.chosen.clone() - self.rejected.clone()
-    }
-
-    /// One where the chosen completion has strictly more reward, `[batch]`; ties count zero.
-    pub fn accuracies(&self) -> Tensor<1> {
-        self.chosen.clone().greater(self.rejected.clone()).float()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use burn::tensor::Device;
-
-    use super::*;
-
-    #[test]
-    #[expect(clippy::float_cmp, reason = "f32 holds every number here exactly")]
-    fn token_rewards_sum_to_the_sequence_reward_and_ties_are_no_hit() {
-        let device = Device::default();
-        let beta = Beta::new(0.5).unwrap();
-        let policy = Tensor::<2>::from_floats([[-1.0, -2.0, 0.0], [-3.0, -1.0, -2.0]], &device);
-        let reference = Tensor::<2>::from_floats([[-2.0, -2.5, 0.0], [-3.0, -2.0, -1.0]], &device);
-        let sums = |x: &Tensor<2>| PairLogps::from_halves(x.clone().sum_dim(1).reshape([2]));
-        let pair = PairRewards::new(&sums(&policy), &sums(&reference), beta);
-        let by_token = token_rewards(policy, reference, beta).sum_dim(1);
-        let by_token: Vec<f32> = by_token.try_into_vec_as().unwrap();
-        assert_eq!(by_token, [0.75, 0.0]);
-        assert_eq!(pair.chosen.clone().into_scalar::<f32>(), 0.75);
-        assert_eq!(pair.margins().into_scalar::<f32>(), 0.75);
-        assert_eq!(pair.accuracies().into_scalar::<f32>(), 1.0);
-        let tie = PairRewards {
-            rejected: pair.chosen.clone(),
-            ..pair
-        };
-        assert_eq!(tie.accuracies().into_scalar::<f32>(), 0.0);
-    }
-}
+pub use path::{bellman_residuals, running_sums, soft_value_differences, value_differences};
+pub use readout::{Candidate, TokenReadout, read_logits, read_rows};
+pub use rewards::{PairRewards, token_rewards};
