@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `config.json` of Llama, Mistral, Qwen2, Qwen3, GPT-NeoX and GPT-2 | [`ModelConfig`] |
 //! | the transformer | [`Transformer`] |
+//! | adapters of low rank, in PEFT's folders | [`LoraConfig`], [`Transformer::with_lora`] |
 //! | cached decoding, greedy or sampled, batched | [`Generate`], [`KvCache`] |
 //! | tokenizers and chat templates | [`tokenizer`], [`chat`] |
 //! | preference, SFT and labelled rows, and their tokens | [`data`] |
@@ -51,6 +52,7 @@ pub mod data;
 mod decode;
 mod error;
 pub mod files;
+mod lora;
 mod model;
 mod names;
 mod sample;
@@ -61,5 +63,6 @@ pub use batch::{CompletionBatch, Scored};
 pub use config::{Family, LlamaShape, MlpKind, ModelConfig, NormKind, Rope};
 pub use decode::{Decoding, Generate, Generated, KvCache};
 pub use error::LmError;
+pub use lora::{AdapterFolder, LoraConfig};
 pub use model::Transformer;
 pub use sample::{Sampling, sample};

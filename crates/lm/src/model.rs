@@ -4,16 +4,17 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::nn::Linear;
 use burn::tensor::activation::{gelu, gelu_approximate, silu, softmax};
+use burn::tensor::module::linear;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use crate::config::{MlpKind, ModelConfig, Rope};
+use crate::config::{Family, MlpKind, ModelConfig, Rope};
 use crate::decode::KvCache;
 use crate::error::LmError;
-use crate::names::{self, Parameter};
+use crate::lora::{Adapter, LoraConfig};
+use crate::names::{self, Parameter, Role};
 use crate::weights::{HostTensor, SINGLE_FILE, WeightFiles, write_safetensors};
 
 /// A causal language model: token ids in, logits of the next token out.
@@ -25,26 +26,38 @@ use crate::weights::{HostTensor, SINGLE_FILE, WeightFiles, write_safetensors};
 pub struct Transformer {
     embed: Param<Tensor<2>>,
     positions: Option<Param<Tensor<2>>>,
-    blocks: Vec<Block>,
+    pub(crate) blocks: Vec<Block>,
     norm: Norm,
-    head: Option<Linear>,
+    head: Option<Projection>,
     #[module(skip)]
     config: ModelConfig,
+    #[module(skip)]
+    pub(crate) lora: Option<LoraConfig>,
 }
 
 #[derive(Module, Debug)]
-struct Block {
+pub(crate) struct Block {
     attn_norm: Norm,
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    output: Linear,
+    query: Projection,
+    key: Projection,
+    value: Projection,
+    /// The adapter of query, key and value together, where the family stores them as one matrix.
+    fused: Option<Adapter>,
+    output: Projection,
     query_norm: Option<Param<Tensor<1>>>,
     key_norm: Option<Param<Tensor<1>>>,
     mlp_norm: Norm,
-    gate: Option<Linear>,
-    up: Linear,
-    down: Linear,
+    gate: Option<Projection>,
+    up: Projection,
+    down: Projection,
+}
+
+/// A matrix `[inputs, outputs]`, its bias, and its adapter if it has one.
+#[derive(Module, Debug)]
+struct Projection {
+    weight: Param<Tensor<2>>,
+    bias: Option<Param<Tensor<1>>>,
+    adapter: Option<Adapter>,
 }
 
 #[derive(Module, Debug)]
@@ -149,6 +162,7 @@ impl Transformer {
                     query: parts.linear(&at("query")),
                     key: parts.linear(&at("key")),
                     value: parts.linear(&at("value")),
+                    fused: None,
                     output: parts.linear(&at("output")),
                     query_norm: parts.optional(&at("query_norm")),
                     key_norm: parts.optional(&at("key_norm")),
@@ -166,6 +180,7 @@ impl Transformer {
             norm: parts.norm("norm", config.norm_eps),
             head: (!config.tied).then(|| parts.linear("head")),
             config,
+            lora: None,
         };
         debug_assert!(parts.tensors.is_empty(), "every parameter has its place");
         Ok(model)
@@ -261,7 +276,8 @@ impl Transformer {
         self.norm.forward(x)
     }
 
-    /// All parameters on the host, by their names on disk.
+    /// The parameters of the model on the host, by their names on disk; those of an adapter are
+    /// not among them ([`Transformer::write_adapter`]).
     ///
     /// # Panics
     ///
@@ -300,8 +316,15 @@ impl Transformer {
     ///
     /// # Errors
     ///
-    /// Any error of the file system.
+    /// Any error of the file system; a model with an adapter, which a plain folder cannot hold.
     pub fn write(&self, folder: &Path) -> Result<(), LmError> {
+        if self.lora.is_some() {
+            return Err(LmError::Request(
+                "a model with a LoRA adapter cannot be written as a plain folder: merge it, or \
+                 write the adapter"
+                    .into(),
+            ));
+        }
         let metadata = [("format".to_string(), "pt".to_string())].into();
         write_safetensors(&folder.join(SINGLE_FILE), &self.to_host(), &metadata)?;
         let path = folder.join("config.json");
@@ -350,10 +373,11 @@ impl Parts<'_> {
             .expect("the list of parameters holds every part of the configuration")
     }
 
-    fn linear(&mut self, path: &str) -> Linear {
-        Linear {
+    fn linear(&mut self, path: &str) -> Projection {
+        Projection {
             weight: self.required(&format!("{path}.weight")),
             bias: self.optional(&format!("{path}.bias")),
+            adapter: None,
         }
     }
 
@@ -366,10 +390,11 @@ impl Parts<'_> {
     }
 }
 
+/// Parameters on the host, by their paths in the module tree.
 #[derive(Default)]
-struct Collector {
+pub(crate) struct Collector {
     path: Vec<String>,
-    tensors: BTreeMap<String, Vec<f32>>,
+    pub(crate) tensors: BTreeMap<String, Vec<f32>>,
 }
 
 impl ModuleVisitor for Collector {
@@ -473,7 +498,87 @@ fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor
     x / scale * weight.unsqueeze()
 }
 
+impl Projection {
+    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        let bias = self.bias.as_ref().map(|bias| bias.val());
+        match &self.adapter {
+            None => linear(x, self.weight.val(), bias),
+            Some(adapter) => {
+                let change = adapter.change(x.clone());
+                linear(x, self.weight.val(), bias) + change
+            }
+        }
+    }
+
+    /// Adds a change to the matrix.
+    fn add(&mut self, change: Tensor<2>) {
+        self.weight = Param::from_tensor(self.weight.val() + change);
+    }
+
+    fn merge(&mut self) {
+        if let Some(adapter) = self.adapter.take() {
+            self.add(adapter.product());
+        }
+    }
+}
+
+/// Query's, key's or value's part of `x`, `[rows, 3 * outputs]`, whose columns lie as the family
+/// stores its one matrix for the three.
+fn fused_part(x: Tensor<2>, part: usize, config: &ModelConfig) -> Tensor<2> {
+    let [rows, columns] = x.dims();
+    let outputs = columns / 3;
+    match config.family {
+        Family::GptNeox => x
+            .reshape([rows, config.n_heads, 3, config.head_dim])
+            .narrow(2, part, 1)
+            .reshape([rows, outputs]),
+        _ => x.narrow(1, part * outputs, outputs),
+    }
+}
+
 impl Block {
+    /// Where the adapter of a linear layer stands.
+    pub(crate) fn adapter_mut(&mut self, role: Role) -> &mut Option<Adapter> {
+        let projection = match role {
+            Role::Fused => return &mut self.fused,
+            Role::Query => &mut self.query,
+            Role::Key => &mut self.key,
+            Role::Value => &mut self.value,
+            Role::Output => &mut self.output,
+            Role::Gate => self
+                .gate
+                .as_mut()
+                .expect("a model whose list of parameters has a gate has one"),
+            Role::Up => &mut self.up,
+            Role::Down => &mut self.down,
+        };
+        &mut projection.adapter
+    }
+
+    /// Adds the adapters to their matrices.
+    pub(crate) fn merge(&mut self, config: &ModelConfig) {
+        if let Some(fused) = self.fused.take() {
+            let change = fused.product();
+            for (part, projection) in [&mut self.query, &mut self.key, &mut self.value]
+                .into_iter()
+                .enumerate()
+            {
+                projection.add(fused_part(change.clone(), part, config));
+            }
+        }
+        let always = [
+            &mut self.query,
+            &mut self.key,
+            &mut self.value,
+            &mut self.output,
+            &mut self.up,
+            &mut self.down,
+        ];
+        for projection in always.into_iter().chain(&mut self.gate) {
+            projection.merge();
+        }
+    }
+
     fn forward(
         &self,
         x: Tensor<2>,
@@ -520,9 +625,19 @@ impl Block {
         let (batch, seq, width) = (layout.batch, layout.seq, config.head_dim);
         let (heads, groups) = (config.n_kv_heads, config.n_heads / config.n_kv_heads);
         let split = |x: Tensor<2>, heads: usize| x.reshape([batch, seq, heads, width]);
-        let mut query = split(self.query.forward(x.clone()), config.n_heads);
-        let mut key = split(self.key.forward(x.clone()), heads);
-        let value = split(self.value.forward(x), heads).swap_dims(1, 2);
+        let mut projected = [&self.query, &self.key, &self.value].map(|p| p.forward(x.clone()));
+        if let Some(fused) = &self.fused {
+            let change = fused.change(x.clone());
+            let mut part = 0..3;
+            projected = projected.map(|projected| {
+                let part = part.next().expect("three parts for three projections");
+                projected + fused_part(change.clone(), part, config)
+            });
+        }
+        let [query, key, value] = projected;
+        let mut query = split(query, config.n_heads);
+        let mut key = split(key, heads);
+        let value = split(value, heads).swap_dims(1, 2);
         if let (Some(query_norm), Some(key_norm)) = (&self.query_norm, &self.key_norm) {
             query = rms_norm(query, query_norm.val(), config.norm_eps);
             key = rms_norm(key, key_norm.val(), config.norm_eps);

@@ -231,6 +231,95 @@ pub(crate) fn parameters(config: &ModelConfig) -> Vec<Parameter> {
     list
 }
 
+/// What a linear layer of a block does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Query, key and value, where they are stored as one matrix.
+    Fused,
+    Query,
+    Key,
+    Value,
+    Output,
+    Gate,
+    Up,
+    Down,
+}
+
+impl Role {
+    const ALL: [(Self, &'static str); 8] = [
+        (Self::Fused, "fused"),
+        (Self::Query, "query"),
+        (Self::Key, "key"),
+        (Self::Value, "value"),
+        (Self::Output, "output"),
+        (Self::Gate, "gate"),
+        (Self::Up, "up"),
+        (Self::Down, "down"),
+    ];
+}
+
+/// A linear layer of a block, as transformers has it.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct LinearLayer {
+    /// Such as `model.layers.0.self_attn.q_proj`.
+    pub(crate) name: String,
+    pub(crate) block: usize,
+    pub(crate) role: Role,
+    pub(crate) inputs: usize,
+    pub(crate) outputs: usize,
+}
+
+impl LinearLayer {
+    /// The last part of the name.
+    pub(crate) fn leaf(&self) -> &str {
+        self.name.rsplit('.').next().unwrap_or_default()
+    }
+
+    /// Where the layer's adapter stands in the module tree.
+    pub(crate) fn adapter_path(&self) -> String {
+        let role = Role::ALL.iter().find(|(role, _)| *role == self.role);
+        let role = role.map_or("", |(_, path)| path);
+        match self.role {
+            Role::Fused => format!("blocks.{}.{role}", self.block),
+            _ => format!("blocks.{}.{role}.adapter", self.block),
+        }
+    }
+}
+
+/// The linear layers of all blocks, in the order of the module tree.
+pub(crate) fn linear_layers(config: &ModelConfig) -> Vec<LinearLayer> {
+    let mut layers: Vec<LinearLayer> = Vec::new();
+    for parameter in parameters(config) {
+        let path: Vec<&str> = parameter.path.split('.').collect();
+        let (["blocks", block, role, "weight"], &[inputs, outputs]) =
+            (&path[..], &parameter.shape[..])
+        else {
+            continue;
+        };
+        let Some(name) = parameter.source.name().strip_suffix(".weight") else {
+            continue;
+        };
+        if let Some(last) = layers.last_mut()
+            && last.name == name
+        {
+            last.role = Role::Fused;
+            last.outputs += outputs;
+            continue;
+        }
+        let role = Role::ALL.iter().find(|(_, path)| path == role);
+        if let (Some((role, _)), Ok(block)) = (role, block.parse()) {
+            layers.push(LinearLayer {
+                name: name.to_string(),
+                block,
+                role: *role,
+                inputs,
+                outputs,
+            });
+        }
+    }
+    layers
+}
+
 /// The name under which a tied model may store its one table instead of the embedding's.
 pub(crate) fn head_name(family: Family) -> &'static str {
     Names::of(family).head
