@@ -4,7 +4,8 @@
     python testdata/scripts/make_beam_fixture.py
 
 Needs torch and transformers (versions: testdata/README.md). CPU only. The model's logits are rows of a seeded table,
-picked by the number of tokens and the last of them; the table is written with the results.
+picked by the number of tokens and the last of them; the table is written with the results. Scores are those of a run
+in which every computation is in double; in float32 the sequences are the same.
 """
 import itertools, json, os, random
 
@@ -15,8 +16,10 @@ import transformers
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+SINGLE = torch.float32, torch.float
 OUT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "search")
-VOCAB, LENGTHS = 13, 7
+# More lengths than any case reaches: paths that pass the same rows in another order would tie.
+VOCAB, LENGTHS = 13, 16
 EOS, SECOND_EOS, PAD = 2, 5, 0
 
 
@@ -50,7 +53,15 @@ def make_table(seed, spread, end):
     return table
 
 
-def run(model, case):
+def precision(double):
+    """transformers names float32 where it adds up scores; with the name bound to double it adds in double."""
+    torch.float32, torch.float = (torch.float64, torch.float64) if double else SINGLE
+    torch.set_default_dtype(torch.float64 if double else SINGLE[0])
+
+
+def run(table, case, double):
+    precision(double)
+    model = TableModel(table).eval()
     out = model.generate(
         torch.tensor([case["prompt"]]),
         do_sample=False,
@@ -83,7 +94,7 @@ def cases():
         yield {**base, **rule}
         yield {**base, **rule, "eos": [EOS, SECOND_EOS], "prompt": [4]}
         yield {**base, **rule, "eos": []}
-        yield {**base, **rule, "max_new_tokens": 20, "prompt": [9, 1, 3]}
+        yield {**base, **rule, "max_new_tokens": 12, "prompt": [9, 1, 3]}
         yield {**base, **rule, "min_new_tokens": 4, "banned": [6, 11]}
     for penalty, early in itertools.product([-1.0, 0.5, 2.0], [False, True, "never"]):
         yield {**base, "width": 4, "length_penalty": penalty, "early_stopping": early, "max_new_tokens": 12}
@@ -94,8 +105,12 @@ def main():
     tables = {"sharp": make_table(61, 2.0, 0.5), "flat": make_table(62, 0.7, 0.0), "short": make_table(63, 1.0, 1.5)}
     results = []
     for name, table in tables.items():
-        model = TableModel(table).eval()
-        results += [{"table": name, **case, **run(model, case)} for case in cases()]
+        for case in cases():
+            single, double = (run(table, case, double) for double in (False, True))
+            assert single["sequences"] == double["sequences"], case
+            assert max(abs(a - b) for a, b in zip(single["scores"], double["scores"])) < 1e-5, case
+            results.append({"table": name, **case, **double})
+    precision(False)
     os.makedirs(OUT, exist_ok=True)
     about = {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0],
              "vocab": VOCAB, "lengths": LENGTHS}

@@ -9,12 +9,13 @@ use anyhow::{Context, bail};
 use crate::root;
 
 /// The fixtures in the order in which they are made: later ones start from the first's models.
-const FIXTURES: [(&str, &str); 5] = [
+const FIXTURES: [(&str, &str); 6] = [
     ("lm", "make_lm_fixtures.py"),
     ("lora", "make_lora_fixture.py"),
     ("trl", "make_trl_fixture.py"),
     ("losses", "make_loss_fixtures.py"),
     ("chat", "make_chat_fixture.py"),
+    ("search", "make_beam_fixture.py"),
 ];
 
 /// What the scripts import.

@@ -140,6 +140,24 @@ pub trait TokenPolicy {
     }
 }
 
+impl<P: TokenPolicy + ?Sized> TokenPolicy for &P {
+    fn vocab(&self) -> usize {
+        (**self).vocab()
+    }
+
+    fn next_logps(&self, states: &[&[u32]]) -> Result<LogpRows, MdpError> {
+        (**self).next_logps(states)
+    }
+
+    fn top_k(&self, states: &[&[u32]], k: usize) -> Result<Vec<Vec<(u32, f64)>>, MdpError> {
+        (**self).top_k(states, k)
+    }
+
+    fn logps_of(&self, states: &[&[u32]], actions: &[u32]) -> Result<Vec<f64>, MdpError> {
+        (**self).logps_of(states, actions)
+    }
+}
+
 /// A value for each candidate action at each state, in reward units.
 ///
 /// Which value (Q in one of the two forms, an advantage, nothing at all) is the implementer's name
@@ -154,6 +172,16 @@ pub trait ActionValue {
     /// differ in length.
     fn action_values(&self, states: &[&[u32]], candidates: &[&[u32]])
     -> Result<Vec<f64>, MdpError>;
+}
+
+impl<Q: ActionValue + ?Sized> ActionValue for &Q {
+    fn action_values(
+        &self,
+        states: &[&[u32]],
+        candidates: &[&[u32]],
+    ) -> Result<Vec<f64>, MdpError> {
+        (**self).action_values(states, candidates)
+    }
 }
 
 /// The value that is 0 everywhere: search then runs on the policy alone.
@@ -308,6 +336,37 @@ mod tests {
         let error = policy.logps_of(&[&[]], &[7]).unwrap_err().to_string();
         assert!(error.contains("token 7"), "{error}");
         assert!(policy.logps_of(&[&[]], &[]).is_err());
+    }
+
+    #[test]
+    fn a_reference_to_a_policy_answers_as_the_policy_does() {
+        /// A policy that knows better than the provided `top_k`.
+        struct Sure;
+
+        impl TokenPolicy for Sure {
+            fn vocab(&self) -> usize {
+                2
+            }
+
+            fn next_logps(&self, states: &[&[u32]]) -> Result<LogpRows, MdpError> {
+                LogpRows::new(2, [0.0, f64::NEG_INFINITY].repeat(states.len()))
+            }
+
+            fn top_k(&self, _: &[&[u32]], _: usize) -> Result<Vec<Vec<(u32, f64)>>, MdpError> {
+                Ok(vec![vec![(7, -7.0)]])
+            }
+        }
+
+        fn ask(policy: impl TokenPolicy) -> Vec<Vec<(u32, f64)>> {
+            policy.top_k(&[&[]], 1).unwrap()
+        }
+        assert_eq!(ask(&Sure), [[(7, -7.0)]]);
+        assert_eq!((&Sure).logps_of(&[&[]], &[0]).unwrap(), [0.0]);
+        let none: &dyn ActionValue = &ZeroValue;
+        assert_eq!(
+            (&none).action_values(&[&[]], &[&[1, 2]]).unwrap(),
+            [0.0, 0.0]
+        );
     }
 
     #[test]

@@ -1,0 +1,803 @@
+//! Tree search: PUCT or Gumbel at the root, three backups, three leaf values.
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::leaf::{Leaf, Start, rollouts, values};
+use crate::space::{Best, Expansion, Seen, Space};
+use crate::{NodeId, PrefixModel, Request, SearchError, SearchOutput, Stopped};
+
+/// Simulations, selection and backup.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MctsConfig {
+    /// Simulations for each token that is committed to, or in all with [`Commit::AtEnd`].
+    pub simulations: usize,
+    /// Simulations per call of the model. Above 1 a simulation does not know the results of its
+    /// neighbours; that they are under way counts as a visit.
+    pub batch: usize,
+    /// How a prefix's value follows from those below it.
+    pub backup: Backup,
+    /// Whether to commit to a token at a time.
+    pub commit: Commit,
+    /// How the first token of a simulation is chosen.
+    pub root: RootChoice,
+    /// The weight of the prior against the values, PUCT's `c`; 0 follows the values alone.
+    pub exploration: f64,
+    /// Completions returned, with [`Commit::AtEnd`].
+    pub n_best: usize,
+    /// Whether [`SearchStats::root_values`](crate::SearchStats::root_values) is filled.
+    pub trace: bool,
+}
+
+impl Default for MctsConfig {
+    fn default() -> Self {
+        Self {
+            simulations: 64,
+            batch: 1,
+            backup: Backup::Max,
+            commit: Commit::EachToken,
+            root: RootChoice::Puct,
+            exploration: 1.25,
+            n_best: 1,
+            trace: false,
+        }
+    }
+}
+
+/// How a prefix's value follows from those below it; `s` is a token's score and `V` the value after
+/// it, in nats.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backup {
+    /// `V = max_a (s_a + V_a)`: planning for the one best completion. In the limit the MAP, and with
+    /// [`Leaf::Zero`] best-first search.
+    #[default]
+    Max,
+    /// `V = log Σ_a π_a exp(V_a)`: what KL-regularised planning does. With [`Leaf::Zero`] the root's
+    /// value is the log of the covered mass at every moment, 0 if nothing is pruned, and the tree
+    /// says nothing that the policy did not: search is then a no-op.
+    Soft,
+    /// The mean over simulations, as in `AlphaZero`. Under the policy's own visits it is off by the
+    /// entropy (likelihood) or the divergence (log-ratio).
+    Mean,
+}
+
+/// Whether a search commits to a token at a time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Commit {
+    /// After the simulations of one token the best is taken, its subtree kept, and the search goes on
+    /// from there. The completion so written is returned.
+    #[default]
+    EachToken,
+    /// One tree from the prompt; the best completions that it met are returned.
+    AtEnd,
+}
+
+/// How the first token of a simulation is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum RootChoice {
+    /// As everywhere else in the tree.
+    #[default]
+    Puct,
+    /// As in Gumbel `AlphaZero` (Danihelka et al., 2022): `considered` tokens are drawn without
+    /// replacement from the policy, the simulations shared among them by sequential halving, and the
+    /// winner is the token of the best `gumbel + log π + σ(Q)`.
+    Gumbel {
+        /// Tokens drawn at the root.
+        considered: usize,
+        /// Seed of the draws.
+        seed: u64,
+    },
+}
+
+/// The scale of Gumbel `AlphaZero`'s `σ(Q) = (50 + most visits) * 0.1 * Q`, Q in [0, 1]: the values of
+/// its authors' code (Mctx).
+const GUMBEL_VISITS: f64 = 50.0;
+const GUMBEL_SCALE: f64 = 0.1;
+
+impl MctsConfig {
+    fn check(&self) -> Result<(), SearchError> {
+        let counts = [
+            ("simulations", self.simulations),
+            ("batch", self.batch),
+            ("n_best", self.n_best),
+        ];
+        for (name, value) in counts {
+            if value == 0 {
+                return Err(SearchError::setting(name, 0, "at least 1"));
+            }
+        }
+        if let RootChoice::Gumbel { considered: 0, .. } = self.root {
+            return Err(SearchError::setting("considered", 0, "at least 1"));
+        }
+        if !(self.exploration.is_finite() && self.exploration >= 0.0) {
+            let expected = "a finite number of at least 0";
+            return Err(SearchError::setting(
+                "exploration",
+                self.exploration,
+                expected,
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The completion, or with [`Commit::AtEnd`] the completions, that tree search finds.
+///
+/// A simulation goes from the root to a prefix that was not expanded yet, by the tokens of the best
+/// `Q + exploration * π * sqrt(visits of the parent) / (1 + visits)`, where Q is the token's own score
+/// and the value after it, scaled to [0, 1] over the tree. That prefix is expanded, valued as `leaf`
+/// says, and the values above it are renewed.
+///
+/// With the max and the soft backup a token is decided by its Q, and a prefix below which everything
+/// is known is not visited again: enough simulations make them exact. With the mean backup it is
+/// decided by visits.
+///
+/// # Errors
+///
+/// A request or configuration out of range, or those of the model and of the value function.
+///
+/// # Examples
+///
+/// ```
+/// use mdp_core::{TabularPolicy, Tree};
+/// use search::{Backup, Commit, Leaf, MctsConfig, Policies, Request, mcts};
+///
+/// // Greedy takes token 0 (0.6) and ends with 0.6 * 0.5; EOS at once has 0.4.
+/// let policy = TabularPolicy::from_probs(Tree::new(2, 2, 1)?, vec![0.6, 0.4, 0.5, 0.5])?;
+/// let request = Request::of(policy.tree());
+/// let best = |backup| {
+///     let config = MctsConfig { simulations: 2, backup, ..MctsConfig::default() };
+///     let output = mcts(&mut Policies::new(&policy), &request, &config, Leaf::Zero)?;
+///     Ok::<_, search::SearchError>(output.completions[0].tokens.clone())
+/// };
+/// // The max backup finds the likeliest completion; the soft one is the policy's own choice.
+/// assert_eq!(best(Backup::Max)?, [1]);
+/// assert_eq!(best(Backup::Soft)?, [0, 0]);
+/// # Ok::<(), search::SearchError>(())
+/// ```
+pub fn mcts<M: PrefixModel + ?Sized>(
+    model: &mut M,
+    request: &Request<'_>,
+    config: &MctsConfig,
+    leaf: Leaf<'_>,
+) -> Result<SearchOutput, SearchError> {
+    config.check()?;
+    leaf.check()?;
+    let mut tree = Mcts {
+        space: Space::new(model, request)?,
+        nodes: vec![Node::new(0.0, 0.0, false)],
+        config,
+        leaf,
+        best: Best::new(config.n_best),
+        range: None,
+        streams: 0,
+    };
+    let mut root = NodeId::ROOT;
+    loop {
+        let decided = tree.search(root)?;
+        match (config.commit, decided) {
+            (Commit::EachToken, Some(next)) if tree.space.stats.stopped == Stopped::Done => {
+                root = next;
+                tree.space.retain(&[root]);
+                if tree.space.end(root).is_some() {
+                    break;
+                }
+            }
+            _ => break,
+        }
+    }
+    Ok(tree.finish(root))
+}
+
+/// What the search knows of a prefix.
+#[derive(Clone, Copy, Debug)]
+struct Node {
+    /// The first child; children are numbered in a row.
+    first: u32,
+    /// Children; 0 before it is expanded, and if nothing may follow.
+    count: u32,
+    visits: u32,
+    /// Simulations under way.
+    pending: u16,
+    expanded: bool,
+    /// Whether a leaf value or a search stands behind `value`.
+    evaluated: bool,
+    /// Whether everything below is known.
+    solved: bool,
+    /// `log π` of the last token, in nats.
+    logp: f64,
+    /// Score of the last token, in nats.
+    step: f64,
+    /// The score still to come, in nats.
+    value: f64,
+    /// Its leaf value at first, in nats; with the mean backup the sum over visits.
+    total: f64,
+    /// The share of the policy's mass that was not pruned below.
+    covered: f64,
+}
+
+impl Node {
+    fn new(logp: f64, step: f64, terminal: bool) -> Self {
+        Self {
+            first: 0,
+            count: 0,
+            visits: 0,
+            pending: 0,
+            expanded: false,
+            evaluated: terminal,
+            solved: terminal,
+            logp,
+            step,
+            value: 0.0,
+            total: 0.0,
+            covered: 1.0,
+        }
+    }
+
+    fn q(&self) -> f64 {
+        self.step + self.value
+    }
+
+    fn children(&self) -> std::ops::Range<usize> {
+        self.first as usize..(self.first + self.count) as usize
+    }
+}
+
+struct Mcts<'s, 'l, M: ?Sized> {
+    space: Space<'s, M>,
+    nodes: Vec<Node>,
+    config: &'s MctsConfig,
+    leaf: Leaf<'l>,
+    /// Completions met.
+    best: Best,
+    /// The smallest and largest Q seen, in nats.
+    range: Option<(f64, f64)>,
+    streams: u64,
+}
+
+/// Where a simulation went.
+struct Walk {
+    /// From the root to the leaf.
+    path: Vec<NodeId>,
+}
+
+impl<M: PrefixModel + ?Sized> Mcts<'_, '_, M> {
+    /// Runs the simulations of one token and returns the child decided for.
+    fn search(&mut self, root: NodeId) -> Result<Option<NodeId>, SearchError> {
+        if !self.node(root).expanded && !self.run(vec![Walk { path: vec![root] }])? {
+            return Ok(None);
+        }
+        if self.node(root).count == 0 {
+            return Ok(None);
+        }
+        match self.config.root {
+            RootChoice::Puct => {
+                self.simulate(root, self.config.simulations, None)?;
+                Ok(self.decide(root))
+            }
+            RootChoice::Gumbel { considered, seed } => self.gumbel(root, considered, seed),
+        }
+    }
+
+    fn node(&self, node: NodeId) -> &Node {
+        &self.nodes[node.index()]
+    }
+
+    fn prunes_solved(&self) -> bool {
+        self.config.backup != Backup::Mean
+    }
+
+    /// Runs up to `n` simulations, through `child` if given; returns whether the search may go on.
+    fn simulate(
+        &mut self,
+        root: NodeId,
+        n: usize,
+        child: Option<NodeId>,
+    ) -> Result<bool, SearchError> {
+        let mut left = n;
+        while left > 0 {
+            if self.is_proven(root) {
+                return Ok(true);
+            }
+            if self.budget_spent() {
+                return Ok(false);
+            }
+            let limit = self.config.batch.min(left).min(self.simulations_left());
+            let walks = self.select(root, child, limit);
+            if walks.is_empty() {
+                return Ok(true);
+            }
+            left -= walks.len();
+            if !self.run(walks)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn simulations_left(&self) -> usize {
+        let budget = self.space.request.budget.simulations;
+        budget.map_or(usize::MAX, |n| {
+            n.saturating_sub(self.space.stats.simulations)
+        })
+    }
+
+    fn budget_spent(&mut self) -> bool {
+        if self.simulations_left() == 0 {
+            self.space.stats.stopped = Stopped::Budget;
+            return true;
+        }
+        false
+    }
+
+    /// Whether the best completion met is proven to be the best of those below the root.
+    fn is_proven(&self, root: NodeId) -> bool {
+        if !self.prunes_solved() {
+            return false;
+        }
+        if self.node(root).solved {
+            return true;
+        }
+        if self.config.backup != Backup::Max || self.config.n_best > 1 || !self.is_best_first() {
+            return false;
+        }
+        // The value of an open prefix is what it can reach at most; so if the best path is whole,
+        // nothing beats it.
+        let mut at = root;
+        while let Some(best) = self.best_child(at) {
+            at = best;
+        }
+        self.node(at).solved
+    }
+
+    /// Whether every value is an upper bound of what is below it.
+    fn is_best_first(&self) -> bool {
+        self.leaf.is_zero() && self.space.is_bounded()
+    }
+
+    fn best_child(&self, node: NodeId) -> Option<NodeId> {
+        let evaluated = self
+            .node(node)
+            .children()
+            .filter(|&c| self.nodes[c].evaluated);
+        let best = evaluated.reduce(|a, b| {
+            if self.nodes[b].q() > self.nodes[a].q() {
+                b
+            } else {
+                a
+            }
+        });
+        best.map(|at| NodeId(at as u32))
+    }
+
+    /// Paths to up to `limit` leaves, marked as under way.
+    fn select(&mut self, root: NodeId, child: Option<NodeId>, limit: usize) -> Vec<Walk> {
+        let mut walks = Vec::new();
+        // Prefixes below which all leaves are under way already.
+        let mut blocked: Vec<NodeId> = Vec::new();
+        let mut terminals: Vec<NodeId> = Vec::new();
+        while walks.len() < limit {
+            let mut path = vec![root];
+            if let Some(child) = child {
+                if self.is_closed(child) || blocked.contains(&child) {
+                    break;
+                }
+                path.push(child);
+            }
+            let reached = loop {
+                let at = path[path.len() - 1];
+                let node = self.node(at);
+                if !node.expanded || node.count == 0 {
+                    break true;
+                }
+                match self.pick(at, &blocked) {
+                    Some(next) => path.push(next),
+                    None => {
+                        blocked.push(at);
+                        break false;
+                    }
+                }
+            };
+            let at = path[path.len() - 1];
+            if !reached {
+                if at == root || Some(at) == child {
+                    break;
+                }
+                continue;
+            }
+            if self.space.end(at).is_none() && !self.node(at).expanded {
+                blocked.push(at);
+            } else if terminals.contains(&at) && walks.len() == terminals.len() {
+                // Only completions are left to visit, again and again: one round is enough.
+                break;
+            } else {
+                terminals.push(at);
+            }
+            for node in &path {
+                let node = &mut self.nodes[node.index()];
+                node.pending = node.pending.saturating_add(1);
+            }
+            walks.push(Walk { path });
+        }
+        walks
+    }
+
+    fn is_closed(&self, node: NodeId) -> bool {
+        self.prunes_solved() && self.node(node).solved
+    }
+
+    /// The child of the best value and prior among those that may be visited.
+    fn pick(&self, at: NodeId, blocked: &[NodeId]) -> Option<NodeId> {
+        let parent = self.node(at);
+        let visits = f64::from(parent.visits) + f64::from(parent.pending);
+        let explore = self.config.exploration * (visits + 1.0).sqrt();
+        let mut best: Option<(f64, NodeId)> = None;
+        for child in parent.children() {
+            let id = NodeId(child as u32);
+            let node = &self.nodes[child];
+            if self.is_closed(id) || blocked.contains(&id) {
+                continue;
+            }
+            // What was never valued is taken to be as good as its parent.
+            let q = if node.evaluated {
+                node.q()
+            } else {
+                parent.value
+            };
+            let visits = f64::from(node.visits) + f64::from(node.pending);
+            let score = self.scaled(q) + explore * node.logp.exp() / (1.0 + visits);
+            if best.is_none_or(|(best, _)| score > best) {
+                best = Some((score, id));
+            }
+        }
+        best.map(|(_, child)| child)
+    }
+
+    /// Q in [0, 1] over those seen.
+    fn scaled(&self, q: f64) -> f64 {
+        match self.range {
+            Some((low, high)) if high > low => (q - low) / (high - low),
+            _ => 0.0,
+        }
+    }
+
+    /// Expands and values the leaves, and renews the values above; returns whether the search may
+    /// go on.
+    fn run(&mut self, walks: Vec<Walk>) -> Result<bool, SearchError> {
+        let leaf = |walk: &Walk| walk.path[walk.path.len() - 1];
+        let open = |walk: &&Walk| {
+            let at = leaf(walk);
+            self.space.end(at).is_none() && !self.node(at).expanded
+        };
+        let frontier: Vec<NodeId> = walks.iter().filter(open).map(leaf).collect();
+        let expanded = self.expand(&frontier)?;
+        for walk in &walks {
+            for node in &walk.path {
+                let node = &mut self.nodes[node.index()];
+                node.pending = node.pending.saturating_sub(1);
+            }
+        }
+        if !expanded {
+            return Ok(false);
+        }
+        for walk in walks {
+            self.space.stats.simulations += 1;
+            self.back_up(&walk.path);
+        }
+        if self.config.trace {
+            let value = self.nodes[0].value;
+            self.space.stats.root_values.push(value);
+        }
+        Ok(true)
+    }
+
+    /// Whether the frontier now has its children and its leaf values.
+    fn expand(&mut self, frontier: &[NodeId]) -> Result<bool, SearchError> {
+        if frontier.is_empty() {
+            return Ok(!self.space.must_stop());
+        }
+        let Some(expansion) = self.space.expand(frontier, None)? else {
+            return Ok(false);
+        };
+        for (i, &node) in frontier.iter().enumerate() {
+            self.grow(node, &expansion, i)?;
+        }
+        match &mut self.leaf {
+            Leaf::Zero => {}
+            Leaf::Value(function) => {
+                let found = values(&self.space, function, frontier)?;
+                for (node, value) in frontier.iter().zip(found) {
+                    self.nodes[node.index()].value = value;
+                }
+            }
+            Leaf::Rollouts(config) => {
+                let starts: Vec<Start<'_>> = frontier
+                    .iter()
+                    .enumerate()
+                    .map(|(i, &node)| Start {
+                        node,
+                        candidates: expansion.of(i),
+                        first: NodeId(self.nodes[node.index()].first),
+                    })
+                    .collect();
+                let ends = rollouts(&mut self.space, config, &starts, &mut self.streams)?;
+                // Nodes of the walks are no part of the search tree; the numbering goes on past them.
+                let unused = Node::new(0.0, 0.0, true);
+                self.nodes.resize(self.space.tree.len(), unused);
+                for (&node, ends) in frontier.iter().zip(ends) {
+                    let from = self.space.score(node);
+                    let to_go = ends.iter().map(|&end| self.space.score(end) - from);
+                    let value = if self.config.backup == Backup::Max {
+                        to_go.fold(f64::NEG_INFINITY, f64::max)
+                    } else {
+                        to_go.sum::<f64>() / ends.len() as f64
+                    };
+                    self.nodes[node.index()].value = value;
+                    for end in ends {
+                        self.meet(end);
+                    }
+                }
+            }
+        }
+        for node in frontier {
+            self.nodes[node.index()].evaluated = true;
+            self.nodes[node.index()].total = self.nodes[node.index()].value;
+        }
+        Ok(true)
+    }
+
+    /// Makes nodes of a state's candidates.
+    fn grow(&mut self, node: NodeId, expansion: &Expansion, i: usize) -> Result<(), SearchError> {
+        let first = self.nodes.len();
+        let zero = self.leaf.is_zero();
+        for candidate in expansion.of(i) {
+            let child = self.space.child(node, candidate)?;
+            let terminal = self.space.end(child).is_some();
+            let mut new = Node::new(candidate.logp, candidate.step, terminal);
+            new.evaluated |= zero;
+            self.nodes.push(new);
+            if terminal {
+                self.meet(child);
+            }
+        }
+        let count = self.nodes.len() - first;
+        let at = &mut self.nodes[node.index()];
+        // The space has numbered them in 32 bits already.
+        (at.first, at.count) = (first as u32, count as u32);
+        at.expanded = true;
+        // Where nothing may follow, all is known.
+        at.solved = count == 0;
+        // The lost mass of a prefix is lost to all above it, in proportion.
+        let mut loss = (1.0 - expansion.mass(i)).max(0.0);
+        let mut at = node;
+        loop {
+            self.nodes[at.index()].covered -= loss;
+            loss *= self.nodes[at.index()].logp.exp();
+            match self.space.tree.parent(at) {
+                Some(parent) => at = parent,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    fn meet(&mut self, end: NodeId) {
+        if self.space.end(end).is_none() {
+            return;
+        }
+        let score = self.space.score(end);
+        // Rollouts meet the same completion by several nodes.
+        let same = |&(known, node): &(f64, NodeId)| {
+            (known - score).abs() < 1e-9
+                && self.space.tree.completion(node) == self.space.tree.completion(end)
+        };
+        if score > self.best.worst() && !self.best.scored().iter().any(same) {
+            self.best.add(score, end);
+        }
+    }
+
+    /// Counts a simulation and renews the values along its path, from the leaf up.
+    fn back_up(&mut self, path: &[NodeId]) {
+        // The mean's return: the leaf's value, and on the way up the scores passed.
+        let leaf = path[path.len() - 1].index();
+        let mut to_go = self.nodes[leaf].value;
+        for (up, &id) in path.iter().rev().enumerate() {
+            let at = id.index();
+            self.nodes[at].visits += 1;
+            match self.config.backup {
+                Backup::Mean => {
+                    let node = &mut self.nodes[at];
+                    node.total = if node.visits == 1 {
+                        to_go
+                    } else {
+                        node.total + to_go
+                    };
+                    node.value = node.total / f64::from(node.visits);
+                    node.evaluated = true;
+                    to_go += node.step;
+                }
+                Backup::Max | Backup::Soft => self.renew(at),
+            }
+            if up + 1 < path.len() {
+                self.see(self.nodes[at].q());
+            }
+        }
+        // Children are seen too, or the first choice would have nothing to compare.
+        for child in self.nodes[leaf].children() {
+            if self.nodes[child].evaluated {
+                self.see(self.nodes[child].q());
+            }
+        }
+    }
+
+    fn see(&mut self, q: f64) {
+        self.range = Some(match self.range {
+            None => (q, q),
+            Some((low, high)) => (low.min(q), high.max(q)),
+        });
+    }
+
+    /// The value of a node from its children's.
+    fn renew(&mut self, at: usize) {
+        let node = self.nodes[at];
+        let children = &self.nodes[node.children()];
+        // Whatever was not valued itself stands at the leaf value of its parent.
+        let soft = |child: &Node| {
+            child.logp
+                + if child.evaluated {
+                    child.value
+                } else {
+                    node.total
+                }
+        };
+        let mut solved = node.expanded;
+        let mut any = false;
+        let mut largest = f64::NEG_INFINITY;
+        for child in children {
+            solved &= child.solved;
+            any |= child.evaluated;
+            if self.config.backup == Backup::Soft {
+                largest = largest.max(soft(child));
+            } else if child.evaluated {
+                largest = largest.max(child.q());
+            }
+        }
+        self.nodes[at].solved = solved;
+        // Where nothing below was valued yet, the leaf value stays.
+        if any {
+            self.nodes[at].value = if self.config.backup == Backup::Soft {
+                let children = &self.nodes[node.children()];
+                let sum: f64 = children
+                    .iter()
+                    .map(|child| (soft(child) - largest).exp())
+                    .sum();
+                largest + sum.ln()
+            } else {
+                largest
+            };
+        }
+    }
+
+    /// The child to commit to.
+    fn decide(&self, root: NodeId) -> Option<NodeId> {
+        if self.prunes_solved() {
+            return self.best_child(root);
+        }
+        let children = self.node(root).children();
+        let rank = |at: usize| (self.nodes[at].visits, self.nodes[at].q());
+        let best = children.reduce(|a, b| {
+            let ((visits_a, q_a), (visits_b, q_b)) = (rank(a), rank(b));
+            if visits_b > visits_a || visits_b == visits_a && q_b > q_a {
+                b
+            } else {
+                a
+            }
+        });
+        best.map(|at| NodeId(at as u32))
+    }
+
+    /// Sequential halving among tokens drawn without replacement.
+    fn gumbel(
+        &mut self,
+        root: NodeId,
+        considered: usize,
+        seed: u64,
+    ) -> Result<Option<NodeId>, SearchError> {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(self.space.tree.depth(root) as u64);
+        let mut drawn: Vec<(f64, NodeId)> = Vec::new();
+        for child in self.node(root).children() {
+            let uniform: f64 = rng.random();
+            // A draw of exactly 0 would be minus infinity twice over.
+            let gumbel = -(-uniform.max(f64::MIN_POSITIVE).ln()).ln();
+            drawn.push((gumbel + self.nodes[child].logp, NodeId(child as u32)));
+        }
+        // Largest first: the k largest of logits plus Gumbel noise are k draws without replacement.
+        drawn.sort_by(|a, b| b.0.total_cmp(&a.0));
+        drawn.truncate(considered);
+        let phases = drawn.len().next_power_of_two().trailing_zeros().max(1) as usize;
+        let mut left = self.config.simulations;
+        for phase in 0..phases {
+            let share = (left / ((phases - phase) * drawn.len())).max(1);
+            for &(_, child) in &drawn {
+                let n = share.min(left);
+                if n > 0 && !self.simulate(root, n, Some(child))? {
+                    return Ok(None);
+                }
+                left -= n;
+            }
+            let ranked = |(draw, child): (f64, NodeId)| draw + self.sigma(root, child);
+            drawn.sort_by(|&a, &b| ranked(b).total_cmp(&ranked(a)));
+            drawn.truncate(drawn.len().div_ceil(2));
+        }
+        Ok(drawn.first().map(|&(_, child)| child))
+    }
+
+    /// Gumbel `AlphaZero`'s monotone transform of a token's Q.
+    fn sigma(&self, root: NodeId, child: NodeId) -> f64 {
+        let visits = self.node(root).children().map(|at| self.nodes[at].visits);
+        let most = f64::from(visits.max().unwrap_or(0));
+        let q = if self.node(child).evaluated {
+            self.node(child).q()
+        } else {
+            self.node(root).value
+        };
+        (GUMBEL_VISITS + most) * GUMBEL_SCALE * self.scaled(q)
+    }
+
+    fn finish(mut self, committed: NodeId) -> SearchOutput {
+        let whole = self.space.end(committed).is_some();
+        let found = match self.config.commit {
+            Commit::EachToken if whole => vec![committed],
+            _ => self.best.nodes(),
+        };
+        // Nothing whole was met: the prefix committed to, or the most promising one below it.
+        let found = if found.is_empty() {
+            let mut at = committed;
+            while let Some(next) = self.best_child(at) {
+                at = next;
+            }
+            vec![at]
+        } else {
+            found
+        };
+        if self.prunes_solved() {
+            // Simulations renewed values up to the prefix committed to, and not above.
+            let above: Vec<NodeId> = self.space.tree.ancestors(committed).skip(1).collect();
+            for node in above {
+                self.renew(node.index());
+            }
+        }
+        // The root's value bounds every completion only if every value below it does.
+        let is_bound = self.config.backup == Backup::Max && self.is_best_first();
+        let open = is_bound.then(|| self.nodes[0].value);
+        self.space.stats.covered_mass = self.nodes[0].covered;
+        let completions = found
+            .iter()
+            .map(|&node| self.space.completion(node))
+            .collect();
+        let bytes = self.nodes.capacity() * size_of::<Node>();
+        let (nodes, n_nodes) = (std::mem::take(&mut self.nodes), self.space.tree.len());
+        let seen = |node: NodeId| {
+            let unused = Node::new(0.0, 0.0, true);
+            let known = if node.index() < n_nodes {
+                nodes.get(node.index())
+            } else {
+                None
+            };
+            let known = known.unwrap_or(&unused);
+            Seen {
+                visits: Some(known.visits as usize),
+                q: known.evaluated.then(|| known.q()),
+                value: known.evaluated.then_some(known.value),
+                covered_mass: Some(known.covered),
+            }
+        };
+        let path = found.first().copied();
+        self.space.finish_with(completions, path, open, seen, bytes)
+    }
+}
