@@ -40,7 +40,7 @@
 //! |---|---|
 //! | read and write rows | [`Sample`], [`ScoredSample`], [`read_jsonl`], [`write_jsonl`] |
 //! | reward completions | [`Reward`], [`MemoReward`], [`CommandReward`], [`score`] |
-//! | make preferences | [`preferences`], [`PreferenceOptions`], [`Pairing`], [`Labelling`], [`PreferenceRow`], [`PreferenceReport`] |
+//! | make preferences | [`preferences`], [`judged_preferences`], [`PreferenceOptions`], [`Pairing`], [`Labelling`], [`PreferenceRow`], [`PreferenceReport`] |
 //! | compare completions | [`Judge`], [`Comparison`], [`pair_samples`], [`Judgement`], [`RewardJudge`], [`Rule`] |
 //! | ask a language model | [`HttpJudge`], [`HttpJudgeConfig`], [`JudgementCache`] |
 //! | sum up | [`evaluate`], [`EvalOptions`], [`EvalOutcome`] |
@@ -69,7 +69,8 @@ pub use judge::{
     pair_samples,
 };
 pub use preference::{
-    Labelling, Pairing, PreferenceOptions, PreferenceReport, PreferenceRow, preferences, score,
+    Labelling, Pairing, PreferenceOptions, PreferenceReport, PreferenceRow, judged_preferences,
+    preferences, score,
 };
 pub use reward::{MemoReward, Reward};
 pub use sample::{Sample, ScoredSample, read_jsonl, write_jsonl};

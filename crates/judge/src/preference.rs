@@ -9,7 +9,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::judge::{at_offset, check_band, check_sharpness, finite_rewards};
-use crate::{JudgeError, Progress, Reward, SAME_REWARD, Sample, ScoredSample};
+use crate::statistics::mean;
+use crate::{
+    Comparison, Judge, JudgeError, Judgement, Progress, Reward, SAME_REWARD, Sample, ScoredSample,
+    Verdict,
+};
 
 /// The samples with their rewards, in their order. `progress` is called after each batch.
 ///
@@ -113,7 +117,8 @@ pub struct PreferenceRow {
     pub chosen: String,
     /// The other.
     pub rejected: String,
-    /// The chosen completion's reward; under drawn labels it may be the lower one.
+    /// The chosen completion's reward, or its credit under a judge; under drawn labels it may be
+    /// the lower one.
     pub chosen_reward: f64,
     /// The rejected completion's reward.
     pub rejected_reward: f64,
@@ -143,6 +148,13 @@ pub struct PreferenceReport {
     pub n_all_ties: usize,
     /// Rows whose drawn label chose the lower reward.
     pub n_flipped: usize,
+    /// Comparisons that a judge answered without a verdict.
+    pub n_unparsed: usize,
+    /// Comparisons that a judge could not be asked about or did not answer. Running again may mend
+    /// these.
+    pub n_errors: usize,
+    /// Prompts left out because of such comparisons, where the best and the worst were sought.
+    pub n_incomplete: usize,
 }
 
 /// Preference rows of scored completions, grouped by prompt in the order of their first sample.
@@ -176,24 +188,119 @@ pub fn preferences(
     if let Labelling::BradleyTerry { sharpness, .. } = options.labelling {
         check_sharpness(sharpness)?;
     }
-    let mut report = PreferenceReport {
-        n_samples: scored.len(),
-        ..PreferenceReport::default()
-    };
-    let groups = grouped(scored, options, &mut report)?;
+    if let Some(index) = scored.iter().position(|row| !row.reward.is_finite()) {
+        let reward = scored[index].reward;
+        return Err(JudgeError::NotFinite { index, reward });
+    }
+    let samples = scored.iter().map(|row| &row.sample);
+    let (groups, mut report) = grouped(samples, options.keep_unfinished)?;
     let mut rows = Vec::new();
-    for group in &groups {
-        let pairs = paired(group, options.pairing);
-        report.n_single += usize::from(pairs.is_empty());
-        let mut n_ties = 0;
-        for &(first, second) in &pairs {
-            if (first.reward - second.reward).abs() <= options.band {
-                n_ties += 1;
+    for group in groups {
+        let group: Vec<Contender<'_>> = group
+            .into_iter()
+            .map(|place| Contender {
+                sample: &scored[place].sample,
+                reward: scored[place].reward,
+            })
+            .collect();
+        label(&group, options, &mut rows, &mut report);
+    }
+    report.n_rows = rows.len();
+    Ok((rows, report))
+}
+
+/// Preference rows of completions that a judge compares two by two.
+///
+/// Under [`Pairing::AllPairs`] and [`Pairing::Neighbours`] the judge's verdict on a pair is its
+/// label, and the rewards of its row are the credits, 1 and 0 from a judge that gives no
+/// probabilities; a tie is no row. Under [`Pairing::BestWorst`] each completion meets each other
+/// one of its prompt, and its reward is its mean credit over the verdicts; a prompt with a
+/// comparison that failed is left out, so that no row depends on which request was lost.
+///
+/// A reward needs no judge: [`score`] the samples and use [`preferences`], with fewer questions.
+///
+/// Returns the rows and an account of what was dropped.
+///
+/// # Errors
+///
+/// Those of the judge, and those of [`preferences`]; [`JudgeError::Config`] also for drawn labels,
+/// since the judge has given them already.
+pub fn judged_preferences(
+    samples: &[Sample],
+    judge: &(impl Judge + ?Sized),
+    options: &PreferenceOptions,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<(Vec<PreferenceRow>, PreferenceReport), JudgeError> {
+    check_band(options.band)?;
+    if options.labelling != Labelling::HigherReward {
+        return Err(JudgeError::Config {
+            field: "labelling",
+            expected: "higher_reward where a judge compares",
+            value: "bradley_terry".into(),
+        });
+    }
+    let (groups, mut report) = grouped(samples.iter(), options.keep_unfinished)?;
+    let meetings = match options.pairing {
+        Pairing::Neighbours => Pairing::Neighbours,
+        Pairing::AllPairs | Pairing::BestWorst => Pairing::AllPairs,
+    };
+    let pairs: Vec<Vec<(usize, usize)>> = groups
+        .iter()
+        .map(|group| paired(&vec![0.0; group.len()], meetings))
+        .collect();
+    let comparisons: Vec<Comparison> = groups
+        .iter()
+        .zip(&pairs)
+        .flat_map(|(group, pairs)| {
+            pairs.iter().map(|&(i, j)| Comparison {
+                a: samples[group[i]].clone(),
+                b: samples[group[j]].clone(),
+            })
+        })
+        .collect();
+    let judgements = judge.judge(&comparisons, progress)?;
+    if judgements.len() != comparisons.len() {
+        return Err(JudgeError::Count {
+            judge: judge.identity(),
+            expected: comparisons.len(),
+            got: judgements.len(),
+        });
+    }
+    let mut left = judgements.as_slice();
+    let mut rows = Vec::new();
+    for (group, pairs) in groups.iter().zip(&pairs) {
+        let (judged, rest) = left.split_at(pairs.len());
+        left = rest;
+        let is_error = |judgement: &&Judgement| matches!(judgement, Judgement::Failed { .. });
+        let is_unparsed = |judgement: &&Judgement| matches!(judgement, Judgement::Unparsed { .. });
+        let n_errors = judged.iter().filter(is_error).count();
+        report.n_errors += n_errors;
+        report.n_unparsed += judged.iter().filter(is_unparsed).count();
+        if options.pairing == Pairing::BestWorst {
+            if n_errors > 0 {
+                report.n_incomplete += 1;
                 continue;
             }
-            let row = labelled(first, second, options.labelling);
-            report.n_flipped += usize::from(row.chosen_reward < row.rejected_reward);
-            rows.push(row);
+            let group = tournament(group, pairs, judged, samples);
+            label(&group, options, &mut rows, &mut report);
+            continue;
+        }
+        report.n_single += usize::from(pairs.is_empty());
+        let mut n_ties = 0;
+        for (&(i, j), judgement) in pairs.iter().zip(judged) {
+            let Judgement::Decided(decision) = judgement else {
+                continue;
+            };
+            let side = |place: usize, reward| Contender {
+                sample: &samples[group[place]],
+                reward,
+            };
+            let (a, b) = (side(i, decision.credit), side(j, 1.0 - decision.credit));
+            match decision.verdict {
+                Verdict::A => rows.push(row(a, b, None)),
+                Verdict::B => rows.push(row(b, a, None)),
+                Verdict::Tie => n_ties += 1,
+            }
         }
         report.n_ties += n_ties;
         report.n_all_ties += usize::from(n_ties > 0 && n_ties == pairs.len());
@@ -202,57 +309,106 @@ pub fn preferences(
     Ok((rows, report))
 }
 
-/// The different, usable completions of each prompt.
-fn grouped<'a>(
-    scored: &'a [ScoredSample],
-    options: &PreferenceOptions,
-    report: &mut PreferenceReport,
-) -> Result<Vec<Vec<&'a ScoredSample>>, JudgeError> {
-    let mut places = HashMap::new();
-    let mut groups: Vec<Vec<&ScoredSample>> = Vec::new();
-    let mut texts = HashSet::new();
-    for (index, row) in scored.iter().enumerate() {
-        if !row.reward.is_finite() {
-            return Err(JudgeError::NotFinite {
-                index,
-                reward: row.reward,
-            });
+/// A completion and what it is worth.
+#[derive(Clone, Copy)]
+struct Contender<'a> {
+    sample: &'a Sample,
+    reward: f64,
+}
+
+/// Each completion's mean credit over the verdicts on it. One without any verdict has no place in
+/// the comparison and is left out.
+fn tournament<'a>(
+    group: &[usize],
+    pairs: &[(usize, usize)],
+    judged: &[Judgement],
+    samples: &'a [Sample],
+) -> Vec<Contender<'a>> {
+    let mut credits = vec![Vec::new(); group.len()];
+    for (&(i, j), judgement) in pairs.iter().zip(judged) {
+        if let Judgement::Decided(decision) = judgement {
+            credits[i].push(decision.credit);
+            credits[j].push(1.0 - decision.credit);
         }
-        let place = *places.entry(&*row.sample.prompt).or_insert(groups.len());
-        if place == groups.len() {
+    }
+    group
+        .iter()
+        .zip(credits)
+        .filter(|(_, credits)| !credits.is_empty())
+        .map(|(&place, credits)| Contender {
+            sample: &samples[place],
+            reward: mean(&credits),
+        })
+        .collect()
+}
+
+/// Makes the rows of one prompt's completions.
+fn label(
+    group: &[Contender<'_>],
+    options: &PreferenceOptions,
+    rows: &mut Vec<PreferenceRow>,
+    report: &mut PreferenceReport,
+) {
+    let rewards: Vec<f64> = group.iter().map(|contender| contender.reward).collect();
+    let pairs = paired(&rewards, options.pairing);
+    report.n_single += usize::from(pairs.is_empty());
+    let mut n_ties = 0;
+    for &(i, j) in &pairs {
+        if (rewards[i] - rewards[j]).abs() <= options.band {
+            n_ties += 1;
+            continue;
+        }
+        let row = labelled(group[i], group[j], options.labelling);
+        report.n_flipped += usize::from(row.chosen_reward < row.rejected_reward);
+        rows.push(row);
+    }
+    report.n_ties += n_ties;
+    report.n_all_ties += usize::from(n_ties > 0 && n_ties == pairs.len());
+}
+
+/// The places of the different, usable completions of each prompt, and what was dropped so far.
+fn grouped<'a>(
+    samples: impl Iterator<Item = &'a Sample>,
+    keep_unfinished: bool,
+) -> Result<(Vec<Vec<usize>>, PreferenceReport), JudgeError> {
+    let mut report = PreferenceReport::default();
+    let mut prompts = HashMap::new();
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    let mut texts = HashSet::new();
+    for (place, sample) in samples.enumerate() {
+        report.n_samples += 1;
+        let group = *prompts.entry(&*sample.prompt).or_insert(groups.len());
+        if group == groups.len() {
             groups.push(Vec::new());
         }
-        if !options.keep_unfinished && !row.sample.finished(index)? {
+        if !keep_unfinished && !sample.finished(place)? {
             report.n_unfinished += 1;
-        } else if !texts.insert((place, &*row.sample.completion)) {
+        } else if !texts.insert((group, &*sample.completion)) {
             report.n_duplicates += 1;
         } else {
-            groups[place].push(row);
+            groups[group].push(place);
         }
     }
     report.n_prompts = groups.len();
-    Ok(groups)
+    Ok((groups, report))
 }
 
-type Pairs<'a> = Vec<(&'a ScoredSample, &'a ScoredSample)>;
-
-fn paired<'a>(group: &[&'a ScoredSample], pairing: Pairing) -> Pairs<'a> {
+/// The pairs of completions with these rewards that are compared, by their places.
+fn paired(rewards: &[f64], pairing: Pairing) -> Vec<(usize, usize)> {
+    let n = rewards.len();
     match pairing {
-        Pairing::AllPairs => (0..group.len())
-            .flat_map(|i| (i + 1..group.len()).map(move |j| (i, j)))
-            .map(|(i, j)| (group[i], group[j]))
+        Pairing::AllPairs => (0..n)
+            .flat_map(|i| (i + 1..n).map(move |j| (i, j)))
             .collect(),
-        Pairing::Neighbours => group.chunks_exact(2).map(|two| (two[0], two[1])).collect(),
+        Pairing::Neighbours => (0..n / 2).map(|i| (2 * i, 2 * i + 1)).collect(),
+        Pairing::BestWorst if n < 2 => Vec::new(),
         Pairing::BestWorst => {
-            if group.len() < 2 {
-                return Vec::new();
-            }
             let (mut best, mut worst) = (0, 0);
-            for (place, row) in group.iter().enumerate() {
-                if row.reward > group[best].reward {
+            for (place, reward) in rewards.iter().enumerate() {
+                if *reward > rewards[best] {
                     best = place;
                 }
-                if row.reward < group[worst].reward {
+                if *reward < rewards[worst] {
                     worst = place;
                 }
             }
@@ -260,31 +416,34 @@ fn paired<'a>(group: &[&'a ScoredSample], pairing: Pairing) -> Pairs<'a> {
             if best == worst {
                 worst = 1;
             }
-            vec![(group[best], group[worst])]
+            vec![(best, worst)]
         }
     }
 }
 
-fn labelled(first: &ScoredSample, second: &ScoredSample, labelling: Labelling) -> PreferenceRow {
-    let (first_chosen, p_first) = match labelling {
-        Labelling::HigherReward => (first.reward > second.reward, None),
+fn labelled(first: Contender<'_>, second: Contender<'_>, labelling: Labelling) -> PreferenceRow {
+    match labelling {
+        Labelling::HigherReward if first.reward > second.reward => row(first, second, None),
+        Labelling::HigherReward => row(second, first, None),
         Labelling::BradleyTerry { sharpness, seed } => {
             let p = bradley_terry(sharpness * first.reward, sharpness * second.reward);
-            (first_wins(&first.sample, &second.sample, p, seed), Some(p))
+            if first_wins(first.sample, second.sample, p, seed) {
+                row(first, second, Some(p))
+            } else {
+                row(second, first, Some(1.0 - p))
+            }
         }
-    };
-    let (chosen, rejected) = if first_chosen {
-        (first, second)
-    } else {
-        (second, first)
-    };
+    }
+}
+
+fn row(chosen: Contender<'_>, rejected: Contender<'_>, p_chosen: Option<f64>) -> PreferenceRow {
     PreferenceRow {
         prompt: chosen.sample.prompt.clone(),
         chosen: chosen.sample.completion.clone(),
         rejected: rejected.sample.completion.clone(),
         chosen_reward: chosen.reward,
         rejected_reward: rejected.reward,
-        p_chosen: p_first.map(|p| if first_chosen { p } else { 1.0 - p }),
+        p_chosen,
     }
 }
 
@@ -366,7 +525,7 @@ mod tests {
             n_single: 2,
             n_ties: 2,
             n_all_ties: 1,
-            n_flipped: 0,
+            ..PreferenceReport::default()
         };
         assert_eq!(report, expected);
         options.keep_unfinished = true;
@@ -381,6 +540,105 @@ mod tests {
         assert_eq!(
             (report.n_ties, report.n_all_ties, report.n_single),
             (1, 1, 0)
+        );
+    }
+
+    /// Prefers the text that comes later in the alphabet; vowels are as good as each other, it has
+    /// no words for "x", and "z" is a text that it cannot be asked about.
+    struct Alphabet;
+
+    impl Judge for Alphabet {
+        fn identity(&self) -> String {
+            "alphabet".into()
+        }
+
+        fn judge(
+            &self,
+            pairs: &[Comparison],
+            _: &mut dyn FnMut(Progress),
+        ) -> Result<Vec<Judgement>, JudgeError> {
+            let judged = pairs.iter().map(|pair| {
+                let (a, b) = (&*pair.a.completion, &*pair.b.completion);
+                let either = |text| a == text || b == text;
+                if either("z") {
+                    let reason = "no".into();
+                    return Judgement::Failed { reason };
+                }
+                if either("x") {
+                    let reply = "hm".into();
+                    return Judgement::Unparsed { reply };
+                }
+                let verdict = match () {
+                    () if "aeiou".contains(a) && "aeiou".contains(b) => Verdict::Tie,
+                    () if a > b => Verdict::A,
+                    () => Verdict::B,
+                };
+                Judgement::Decided(crate::Decision {
+                    verdict,
+                    credit: verdict.credit(),
+                    rewards: None,
+                    orders: None,
+                })
+            });
+            Ok(judged.collect())
+        }
+    }
+
+    fn judged(texts: &[&str], pairing: Pairing) -> (Vec<PreferenceRow>, PreferenceReport) {
+        let samples: Vec<Sample> = texts.iter().map(|text| Sample::new("p", *text)).collect();
+        judged_preferences(&samples, &Alphabet, &options(pairing), &mut |_| ()).unwrap()
+    }
+
+    #[test]
+    fn a_judge_labels_pairs_by_its_verdicts() {
+        let (rows, report) = judged(&["b", "c", "a", "e", "b"], Pairing::AllPairs);
+        let all = [("c", "b"), ("b", "a"), ("e", "b"), ("c", "a"), ("e", "c")];
+        assert_eq!(texts(&rows), all);
+        assert_eq!((report.n_ties, report.n_duplicates), (1, 1));
+        let (rows, _) = judged(&["b", "c", "f", "d"], Pairing::Neighbours);
+        assert_eq!(texts(&rows), [("c", "b"), ("f", "d")]);
+        assert_eq!((rows[0].chosen_reward, rows[0].rejected_reward), (1.0, 0.0));
+    }
+
+    #[test]
+    fn the_best_and_the_worst_are_found_by_a_tournament() {
+        // Two wins and a tie against three defeats.
+        let (rows, _) = judged(&["d", "i", "b", "e"], Pairing::BestWorst);
+        assert_eq!(texts(&rows), [("i", "b")]);
+        assert!((rows[0].chosen_reward - 2.5 / 3.0).abs() < 1e-12);
+        assert!(rows[0].rejected_reward.abs() < 1e-12);
+        let (rows, report) = judged(&["a", "e", "i"], Pairing::BestWorst);
+        assert!(rows.is_empty());
+        assert_eq!((report.n_ties, report.n_all_ties), (1, 1));
+    }
+
+    #[test]
+    fn what_a_judge_left_open_is_counted_and_makes_no_row() {
+        let (rows, report) = judged(&["b", "x", "c"], Pairing::AllPairs);
+        assert_eq!((texts(&rows), report.n_unparsed), (vec![("c", "b")], 2));
+        let (rows, report) = judged(&["b", "x", "c"], Pairing::BestWorst);
+        assert_eq!((texts(&rows), report.n_unparsed), (vec![("c", "b")], 2));
+        let (rows, report) = judged(&["b", "z", "c"], Pairing::AllPairs);
+        assert_eq!((texts(&rows), report.n_errors), (vec![("c", "b")], 2));
+        let (rows, report) = judged(&["b", "z", "c"], Pairing::BestWorst);
+        assert!(rows.is_empty());
+        assert_eq!((report.n_errors, report.n_incomplete), (2, 1));
+    }
+
+    #[test]
+    fn a_judge_and_drawn_labels_exclude_each_other() {
+        let labelling = Labelling::BradleyTerry {
+            sharpness: 1.0,
+            seed: 0,
+        };
+        let options = PreferenceOptions {
+            labelling,
+            ..PreferenceOptions::default()
+        };
+        let error = judged_preferences(&[], &Alphabet, &options, &mut |_| ()).unwrap_err();
+        assert!(
+            error.to_string().starts_with("labelling must be"),
+            "{error}"
         );
     }
 
