@@ -219,6 +219,12 @@ impl CompletionBatch {
         TokenLogps::scatter(flat, self.places.clone(), completions, seq)
     }
 
+    /// Token ids `[rows, row_seq]`, how they lie, and where each completion token is predicted
+    /// from.
+    pub(crate) fn laid_out(&self) -> (Tensor<2, Int>, SeqLayout, Tensor<1, Int>) {
+        (self.ids.clone(), self.layout.clone(), self.sources.clone())
+    }
+
     /// Predicted completion tokens, by completion.
     pub fn counts(&self) -> &[usize] {
         &self.counts

@@ -9,6 +9,8 @@
 //! | `config.json` of Llama, Mistral, Qwen2, Qwen3, GPT-NeoX and GPT-2 | [`ModelConfig`] |
 //! | the transformer | [`Transformer`] |
 //! | adapters of low rank, in PEFT's folders | [`LoraConfig`], [`Transformer::with_lora`] |
+//! | frozen parameters, and the memory that training needs | [`FreezeSpec`], [`TrainingMemory`] |
+//! | gradient checkpointing | [`Checkpointed`] |
 //! | cached decoding, greedy or sampled, batched | [`Generate`], [`KvCache`] |
 //! | tokenizers and chat templates | [`tokenizer`], [`chat`] |
 //! | preference, SFT and labelled rows, and their tokens | [`data`] |
@@ -55,8 +57,10 @@ pub mod files;
 mod lora;
 mod model;
 mod names;
+mod recompute;
 mod sample;
 pub mod tokenizer;
+mod trainable;
 pub mod weights;
 
 pub use batch::{CompletionBatch, Scored};
@@ -65,4 +69,6 @@ pub use decode::{Decoding, Generate, Generated, KvCache};
 pub use error::LmError;
 pub use lora::{AdapterFolder, LoraConfig};
 pub use model::Transformer;
+pub use recompute::Checkpointed;
 pub use sample::{Sampling, sample};
+pub use trainable::{FreezeSpec, ParameterInfo, TrainingMemory};

@@ -247,25 +247,8 @@ impl Transformer {
         layout: &SeqLayout,
         mut cache: Option<&mut KvCache>,
     ) -> Tensor<2> {
-        let rows = layout.batch * layout.seq;
-        let device = ids.device();
-        let mut x = self.embed.val().select(0, ids.reshape([rows]));
-        if let Some(table) = &self.positions {
-            let [_, hidden] = table.val().dims();
-            let positions: Vec<i64> = layout.positions.iter().map(|&p| i64::from(p)).collect();
-            let count = positions.len();
-            let positions =
-                Tensor::<1, Int>::from_data(TensorData::new(positions, [count]), &device);
-            let learned = table.val().select(0, positions);
-            x = x
-                .reshape([layout.batch, layout.seq, hidden])
-                .add(learned.reshape([count / layout.seq, layout.seq, hidden]))
-                .reshape([rows, hidden]);
-        }
-        let turn = self
-            .config
-            .rope
-            .map(|rope| Rotation::new(rope, layout, &device));
+        let turn = self.rotation(layout, &ids.device());
+        let mut x = self.embedded(ids, layout);
         for (layer, block) in self.blocks.iter().enumerate() {
             let cache = cache.as_deref_mut().map(|cache| (cache, layer));
             x = block.forward(x, &self.config, layout, turn.as_ref(), cache);
@@ -273,6 +256,35 @@ impl Transformer {
         if let Some(cache) = cache {
             cache.advance(layout.seq);
         }
+        self.normalised(x)
+    }
+
+    /// What the first block reads, `[batch * seq, hidden]`.
+    pub(crate) fn embedded(&self, ids: Tensor<2, Int>, layout: &SeqLayout) -> Tensor<2> {
+        let rows = layout.batch * layout.seq;
+        let device = ids.device();
+        let x = self.embed.val().select(0, ids.reshape([rows]));
+        let Some(table) = &self.positions else {
+            return x;
+        };
+        let [_, hidden] = table.val().dims();
+        let positions: Vec<i64> = layout.positions.iter().map(|&p| i64::from(p)).collect();
+        let count = positions.len();
+        let positions = Tensor::<1, Int>::from_data(TensorData::new(positions, [count]), &device);
+        let learned = table.val().select(0, positions);
+        x.reshape([layout.batch, layout.seq, hidden])
+            .add(learned.reshape([count / layout.seq, layout.seq, hidden]))
+            .reshape([rows, hidden])
+    }
+
+    /// The turns of queries and keys, where positions turn them.
+    pub(crate) fn rotation(&self, layout: &SeqLayout, device: &Device) -> Option<Rotation> {
+        let rope = self.config.rope?;
+        Some(Rotation::new(rope, layout, device))
+    }
+
+    /// Hidden states of what the last block gave.
+    pub(crate) fn normalised(&self, x: Tensor<2>) -> Tensor<2> {
         self.norm.forward(x)
     }
 
@@ -432,7 +444,7 @@ pub(crate) fn causal_mask(seq: usize, device: &Device) -> Tensor<4, Bool> {
 }
 
 /// Cosines and sines of every position, `[1 or batch, seq, 1, dims / 2]`.
-struct Rotation {
+pub(crate) struct Rotation {
     dims: usize,
     cos: Tensor<4>,
     sin: Tensor<4>,
@@ -579,7 +591,7 @@ impl Block {
         }
     }
 
-    fn forward(
+    pub(crate) fn forward(
         &self,
         x: Tensor<2>,
         config: &ModelConfig,
