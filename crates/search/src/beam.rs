@@ -1,6 +1,6 @@
 //! Beam search with transformers' rules.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -137,8 +137,13 @@ pub fn beam_search<M: PrefixModel + ?Sized>(
     let ends = request.eos.len() + request.constraints.stop.len();
     let keep = width.saturating_mul(2.max(1 + ends));
     // The best `keep` of all are among the best `keep` of each, if the policy's order is the score's;
-    // a penalty can push down as many tokens as there are beams.
-    let penalised = if config.groups > 1 { config.width } else { 0 };
+    // a penalty can push down as many tokens as the groups choose, which is two for each beam at
+    // most: one that ends and one that runs on.
+    let penalised = if config.groups > 1 {
+        2 * config.width
+    } else {
+        0
+    };
     let at_most =
         matches!(request.score, Score::Likelihood).then_some(keep.saturating_add(penalised));
     let mut groups = vec![Group::new(width); config.groups];
@@ -174,15 +179,10 @@ pub fn beam_search<M: PrefixModel + ?Sized>(
     for group in &groups {
         finished.extend_from_slice(group.finished.scored());
     }
-    finished.sort_by(|a, b| b.0.total_cmp(&a.0));
-    let mut seen: Vec<NodeId> = Vec::new();
-    for (score, node) in finished {
-        // Groups may find the same completion.
-        if !seen.contains(&node) {
-            seen.push(node);
-            best.add(score, node);
-        }
-    }
+    // Groups may find the same completion.
+    let mut seen: HashSet<NodeId> = HashSet::new();
+    finished.retain(|&(_, node)| seen.insert(node));
+    best.extend(finished);
     let running = || groups.iter().flat_map(|group| &group.running).copied();
     if best.nodes().is_empty() {
         let better = |a, b| {
@@ -204,8 +204,6 @@ pub fn beam_search<M: PrefixModel + ?Sized>(
         running.fold(groups[0].dropped.max(stopped), f64::max)
     });
     seen.extend(running());
-    seen.sort_unstable();
-    seen.dedup();
     space.stats.covered_mass = seen.iter().map(|&node| space.logp(node).exp()).sum();
     let completions = best.scored().iter().map(|&(score, node)| {
         let completion = space.completion(node);
@@ -321,6 +319,8 @@ impl Step<'_> {
         }
         ranked.sort_unstable_by(order);
         let parents = std::mem::take(&mut group.running);
+        let mut chosen = Vec::new();
+        let mut ended = Vec::new();
         for (rank, next) in ranked.iter().enumerate() {
             let parent = parents[next.beam];
             let key = (parent, next.candidate.token);
@@ -329,22 +329,24 @@ impl Step<'_> {
                 None => space.child(parent, &next.candidate)?,
             };
             self.known.insert(key, node);
-            let fell_out = match space.end(node) {
+            match space.end(node) {
                 Some(_) if rank < group.width => {
                     let score = penalised(next.score, self.length, self.config.length_penalty);
-                    group.finished.add(score, node)
+                    ended.push((score, node));
                 }
-                None if group.running.len() < group.width => {
-                    group.running.push(node);
-                    None
+                None if group.running.len() < group.width => group.running.push(node),
+                _ => {
+                    group.dropped = group.dropped.max(next.score);
+                    continue;
                 }
-                _ => Some(next.score),
-            };
-            group.dropped = fell_out.map_or(group.dropped, |score| group.dropped.max(score));
+            }
+            chosen.push(next.candidate.token);
         }
-        for node in &group.running {
-            let token = space.tree.token(*node);
-            *self.taken.entry(token.unwrap_or_default()).or_default() += 1;
+        if let Some(fell_out) = group.finished.extend(ended) {
+            group.dropped = group.dropped.max(fell_out);
+        }
+        for token in chosen {
+            *self.taken.entry(token).or_default() += 1;
         }
         Ok(())
     }

@@ -72,7 +72,10 @@ pub fn best_first<M: PrefixModel + ?Sized>(
     }
     let mut space = Space::new(model, request)?;
     let mut best = Best::new(config.n_best);
+    // Every state expanded so far stands in the heap by its best child that is left, so that the heap
+    // is as large as the states expanded and not as the tokens that may follow them.
     let mut open: BinaryHeap<Open> = BinaryHeap::new();
+    let mut children: Vec<Candidate> = Vec::new();
     let mut lost = 0.0;
     // Prefixes to expand in the next call; those that a stop leaves unexpanded stay in here.
     let mut frontier = vec![NodeId::ROOT];
@@ -82,12 +85,16 @@ pub fn best_first<M: PrefixModel + ?Sized>(
         };
         for (i, &parent) in frontier.iter().enumerate() {
             lost += space.logp(parent).exp() * (1.0 - expansion.mass(i)).max(0.0);
-            let score = space.score(parent);
-            open.extend(expansion.of(i).iter().map(|&candidate| Open {
-                score: score + candidate.step,
-                parent,
-                candidate,
-            }));
+            let first = children.len();
+            children.extend_from_slice(expansion.of(i));
+            // The better first; among equals the lower token.
+            let order = |a: &Candidate, b: &Candidate| {
+                let by_token = || a.token.cmp(&b.token);
+                b.step.total_cmp(&a.step).then_with(by_token)
+            };
+            children[first..].sort_unstable_by(order);
+            let left = children.len() - first;
+            open.extend(Open::new(&space, &children, parent, first, left));
         }
         frontier.clear();
         let limit = config.batch.min(space.room().max(1));
@@ -100,7 +107,15 @@ pub fn best_first<M: PrefixModel + ?Sized>(
                 open.push(next);
                 break;
             }
-            let node = space.child(next.parent, &next.candidate)?;
+            let node = space.child(next.parent, &children[next.first])?;
+            let sibling = (next.first + 1, next.left - 1);
+            open.extend(Open::new(
+                &space,
+                &children,
+                next.parent,
+                sibling.0,
+                sibling.1,
+            ));
             if space.end(node).is_none() {
                 frontier.push(node);
             } else {
@@ -127,28 +142,47 @@ pub fn best_first<M: PrefixModel + ?Sized>(
         }));
     }
     space.stats.covered_mass = 1.0 - lost;
-    let bytes = open.capacity() * size_of::<Open>();
+    let bytes = open.capacity() * size_of::<Open>() + children.capacity() * size_of::<Candidate>();
     let completions = found.iter().map(|&node| space.completion(node)).collect();
     let path = found.first().copied();
     Ok(space.finish_with(completions, path, Some(bound), |_| Seen::default(), bytes))
 }
 
-/// A prefix that may be expanded, not yet made a node of.
+/// The children of a prefix that are not nodes yet, by the best of them.
 #[derive(Clone, Copy, Debug)]
 struct Open {
-    /// Score of the prefix, in nats.
+    /// Score of the best, in nats.
     score: f64,
     parent: NodeId,
-    candidate: Candidate,
+    /// Where the best stands among all candidates; the others follow.
+    first: usize,
+    /// How many there are.
+    left: usize,
+}
+
+impl Open {
+    fn new<M: PrefixModel + ?Sized>(
+        space: &Space<'_, M>,
+        children: &[Candidate],
+        parent: NodeId,
+        first: usize,
+        left: usize,
+    ) -> Option<Self> {
+        (left > 0).then(|| Self {
+            score: space.score(parent) + children[first].step,
+            parent,
+            first,
+            left,
+        })
+    }
 }
 
 impl Ord for Open {
     fn cmp(&self, other: &Self) -> Ordering {
-        // A heap gives the largest; among equals that is the oldest parent's first token.
+        // A heap gives the largest; among equals the prefix that was expanded first.
         self.score
             .total_cmp(&other.score)
-            .then_with(|| other.parent.cmp(&self.parent))
-            .then_with(|| other.candidate.token.cmp(&self.candidate.token))
+            .then_with(|| other.first.cmp(&self.first))
     }
 }
 

@@ -59,8 +59,37 @@ pub trait PrefixModel {
     ) -> Result<Rows, SearchError>;
 
     /// From now on only prefixes at or below `live` will be asked for.
+    ///
+    /// A live prefix that was not asked for yet continues its parent, whose cache it needs.
     fn retain(&mut self, prefixes: &PrefixTree, live: &[NodeId]) {
         let _ = (prefixes, live);
+    }
+}
+
+impl<M: PrefixModel + ?Sized> PrefixModel for &mut M {
+    fn vocab(&self) -> usize {
+        (**self).vocab()
+    }
+
+    fn has_reference(&self) -> bool {
+        (**self).has_reference()
+    }
+
+    fn begin(&mut self, prompt: &[u32], max_new_tokens: usize) -> Result<(), SearchError> {
+        (**self).begin(prompt, max_new_tokens)
+    }
+
+    fn expand(
+        &mut self,
+        prefixes: &PrefixTree,
+        frontier: &[NodeId],
+        top_k: Option<usize>,
+    ) -> Result<Rows, SearchError> {
+        (**self).expand(prefixes, frontier, top_k)
+    }
+
+    fn retain(&mut self, prefixes: &PrefixTree, live: &[NodeId]) {
+        (**self).retain(prefixes, live);
     }
 }
 

@@ -59,6 +59,9 @@ pub(crate) struct Space<'s, M: ?Sized> {
     /// Whether a prefix's score bounds those of all its completions.
     bounded: bool,
     pub(crate) stats: SearchStats,
+    /// By token: whether it must not appear, and whether it ends a completion.
+    banned: Vec<bool>,
+    eos: Vec<bool>,
     vocab: usize,
     started: Instant,
 }
@@ -94,6 +97,8 @@ impl<'s, M: PrefixModel + ?Sized> Space<'s, M> {
                 stopped: Stopped::Done,
                 root_values: Vec::new(),
             },
+            banned: flags(vocab, &request.constraints.banned),
+            eos: flags(vocab, &request.eos),
             vocab,
             started,
         })
@@ -236,8 +241,9 @@ impl<'s, M: PrefixModel + ?Sized> Space<'s, M> {
                 Some(logps) => *self.place(logps, token)?,
                 None => logp.min(0.0),
             };
-            let banned = self.request.constraints.banned.contains(&token)
-                || early && self.request.eos.contains(&token);
+            // A token outside is refused below, so it passes here.
+            let is = |flags: &[bool]| flags.get(token as usize).copied().unwrap_or(false);
+            let banned = is(&self.banned) || early && is(&self.eos);
             if banned || logp == f64::NEG_INFINITY {
                 continue;
             }
@@ -369,7 +375,7 @@ impl<'s, M: PrefixModel + ?Sized> Space<'s, M> {
             let stops = &mut constraints.stop.iter();
             stops.any(|stop| self.tree.ends_with(node, stop))
         };
-        if self.request.eos.contains(&token) {
+        if self.eos[token as usize] {
             Some(End::Eos)
         } else if depth >= constraints.min_new_tokens && stops() {
             Some(End::Stop)
@@ -431,6 +437,8 @@ impl<'s, M: PrefixModel + ?Sized> Space<'s, M> {
             + 8 * self.reference_logps.capacity()
             + self.ends.capacity()
             + self.expanded.capacity()
+            + self.banned.capacity()
+            + self.eos.capacity()
             + bytes;
         self.stats.seconds = self.started.elapsed().as_secs_f64();
         SearchOutput {
@@ -469,6 +477,15 @@ impl<'s, M: PrefixModel + ?Sized> Space<'s, M> {
     }
 }
 
+/// A flag for every token, set for those given, which are in the vocabulary.
+fn flags(vocab: usize, tokens: &[u32]) -> Vec<bool> {
+    let mut flags = vec![false; vocab];
+    for &token in tokens {
+        flags[token as usize] = true;
+    }
+    flags
+}
+
 /// What an algorithm knows of a node beyond its score.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Seen {
@@ -505,6 +522,16 @@ impl Best {
         } else {
             None
         }
+    }
+
+    /// Puts in many at once, at less than `add` for each; returns the best score that fell out.
+    pub(crate) fn extend(&mut self, found: Vec<(f64, NodeId)>) -> Option<f64> {
+        self.found.extend(found);
+        // Stable, so the earlier stays first among equals.
+        self.found.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let fell_out = self.found.get(self.n).map(|&(score, _)| score);
+        self.found.truncate(self.n);
+        fell_out
     }
 
     pub(crate) fn is_full(&self) -> bool {
