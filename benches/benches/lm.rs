@@ -109,7 +109,7 @@ fn training_step(c: &mut Criterion) {
             let outcome = learner.step(1, 1e-6, |model, _| {
                 let batch = CompletionBatch::new(&rows, &device);
                 let reference = pair_logps(&reference, &reference, &device);
-                preference_micro_batch(model, &batch, &reference, &objectives, beta)
+                preference_micro_batch(model, &batch, &reference.into(), &objectives, beta)
             });
             wait(&device);
             assert!(outcome.updated, "the loss stays a number");

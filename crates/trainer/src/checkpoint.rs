@@ -33,11 +33,28 @@ pub struct Position {
     pub optimizer_steps: usize,
     /// Digest of recipe, data and model, so that a checkpoint of another run is not taken for this one's.
     pub recipe: String,
+    /// The best evaluation so far, where the recipe asks for the best weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best: Option<Best>,
+}
+
+/// The best evaluation of a stage.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    /// Step after which it was made.
+    pub step: usize,
+    /// Value of the metric.
+    pub value: f64,
+    /// Evaluations since that were no better.
+    pub stale: usize,
 }
 
 const MANIFEST: &str = "manifest.json";
 const POSITION: &str = "position.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
+/// Weights of a reference that follows the policy.
+const REFERENCE: &str = "reference.safetensors";
 
 /// Saves a checkpoint under `folder` and deletes the oldest of the stage beyond `keep`.
 ///
@@ -53,13 +70,47 @@ pub fn save(
     position: &Position,
 ) -> Result<PathBuf, TrainError> {
     let path = folder.join(format!("{}-{:06}", position.stage, position.step));
-    write_folder_atomically(&path, |inner| -> Result<(), CheckpointIo> {
+    write(&path, learner, position)?;
+    let mut older = list(folder, &position.stage)?;
+    older.truncate(older.len().saturating_sub(keep));
+    for (_, old) in older {
+        std::fs::remove_dir_all(&old).map_err(TrainError::io(&old))?;
+    }
+    Ok(path)
+}
+
+/// Saves the best weights of a stage so far, in place of the ones before.
+///
+/// # Errors
+///
+/// Any error of the file system; the ones before are then still there.
+pub fn save_best(
+    folder: &Path,
+    learner: &Learner,
+    position: &Position,
+) -> Result<PathBuf, TrainError> {
+    let path = best_path(folder, &position.stage);
+    write(&path, learner, position)?;
+    Ok(path)
+}
+
+/// Where [`save_best`] puts the best weights of a stage.
+pub fn best_path(folder: &Path, stage: &str) -> PathBuf {
+    folder.join(format!("{stage}-best"))
+}
+
+fn write(path: &Path, learner: &Learner, position: &Position) -> Result<(), TrainError> {
+    write_folder_atomically(path, |inner| -> Result<(), CheckpointIo> {
         learner.snapshot().write(inner)?;
         write_safetensors(
             &inner.join(OPTIMIZER),
             &learner.optimizer.to_host(),
             &Default::default(),
         )?;
+        if let Some(reference) = &learner.reference {
+            let tensors = reference.to_host();
+            write_safetensors(&inner.join(REFERENCE), &tensors, &Default::default())?;
+        }
         write_json(&inner.join(POSITION), position)?;
         write_manifest(inner)?;
         Ok(())
@@ -67,16 +118,10 @@ pub fn save(
     .map_err(|error| match error {
         // The name under which it was being filled would tell nobody anything.
         CheckpointIo::Io(source) | CheckpointIo::Model(lm::LmError::Io { source, .. }) => {
-            TrainError::io(&path)(source)
+            TrainError::io(path)(source)
         }
         CheckpointIo::Model(error) => error.into(),
-    })?;
-    let mut older = list(folder, &position.stage)?;
-    older.truncate(older.len().saturating_sub(keep));
-    for (_, old) in older {
-        std::fs::remove_dir_all(&old).map_err(TrainError::io(&old))?;
-    }
-    Ok(path)
+    })
 }
 
 /// What [`newest`] found.
@@ -132,7 +177,14 @@ pub fn load(
         .map(|name| Ok((name.to_string(), files.read_any(name)?)))
         .collect::<Result<BTreeMap<String, HostTensor>, lm::LmError>>()?;
     optimizer.restore(position.optimizer_steps, tensors, device);
-    Ok(Learner::new(model, optimizer))
+    let config = model.config().clone();
+    let mut learner = Learner::new(model, optimizer);
+    let reference = path.join(REFERENCE);
+    if reference.is_file() {
+        let files = WeightFiles::open_file(&reference)?;
+        learner.reference = Some(Transformer::from_files(config, &files, device)?);
+    }
+    Ok(learner)
 }
 
 /// Writes digests of all files of a folder, so that [`verify_files`] can tell damage.
@@ -220,7 +272,9 @@ pub(crate) fn is_temporary(name: &OsStr) -> bool {
 ///
 /// Any error of the file system.
 pub fn forget(folder: &Path, stage: &str) -> Result<(), TrainError> {
-    for (_, path) in list(folder, stage)? {
+    let best = best_path(folder, stage);
+    let best = best.exists().then_some((0, best));
+    for (_, path) in list(folder, stage)?.into_iter().chain(best) {
         std::fs::remove_dir_all(&path).map_err(TrainError::io(&path))?;
     }
     Ok(())
@@ -278,7 +332,7 @@ pub fn digest_of(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

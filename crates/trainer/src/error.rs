@@ -48,7 +48,15 @@ pub enum TrainError {
         /// Its value.
         value: f64,
         /// The rows that it was computed from.
-        rows: Vec<usize>,
+        rows: Vec<String>,
+    },
+    /// The metric that tells the best weights is none of those of an evaluation.
+    #[error("key `preference.best.metric`: no evaluation has `{name}`; there are {known}")]
+    BestMetric {
+        /// The name in the recipe.
+        name: String,
+        /// The names there are.
+        known: String,
     },
     /// A data file as a whole, where the reason does not name it.
     #[error("{path}: {source}")]
@@ -92,16 +100,6 @@ impl TrainError {
         }
     }
 
-    /// The same error with indices of examples turned into rows of the data.
-    pub(crate) fn with_rows(mut self, row: impl Fn(usize) -> usize) -> Self {
-        if let Self::NotFinite { rows, .. } = &mut self {
-            for index in rows {
-                *index = row(*index);
-            }
-        }
-        self
-    }
-
     pub(crate) fn checkpoint(path: &Path, reason: impl Into<String>) -> Self {
         Self::Checkpoint {
             path: path.to_path_buf(),
@@ -111,10 +109,9 @@ impl TrainError {
 }
 
 /// The rows that a value was computed from, in words; nothing for none.
-fn of_rows(rows: &[usize]) -> String {
+fn of_rows(rows: &[String]) -> String {
     if rows.is_empty() {
         return String::new();
     }
-    let rows: Vec<String> = rows.iter().map(usize::to_string).collect();
     format!("; rows of the data, from 0: {}", rows.join(", "))
 }

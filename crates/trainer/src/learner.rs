@@ -2,10 +2,14 @@
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
-use dpo_loss::{Beta, Objectives, PairBatch, PairLogps, PairTokens};
+use dpo_loss::{
+    Beta, Objectives, PairBatch, PairInputs, PairLogps, PairTable, PairTokens, ReferenceLogps,
+    TokenLogps, log_sum_sq_probs, position_kls,
+};
 use implicit_reward::PairRewards;
 use lm::{CompletionBatch, Scored, Transformer};
 
+use crate::mix::mixed;
 use crate::optimizer::{AdamW, FlatGradients};
 use crate::workers::Workers;
 
@@ -16,6 +20,8 @@ pub struct Learner {
     pub model: Transformer,
     /// Its optimizer.
     pub optimizer: AdamW,
+    /// A reference that follows the policy, on a plain device.
+    pub reference: Option<Transformer>,
     /// Threads that take micro-batches side by side.
     workers: Workers,
 }
@@ -26,7 +32,7 @@ pub struct MicroBatch {
     /// One value, with its graph.
     pub loss: Tensor<1>,
     /// Names of `values`.
-    pub names: &'static [&'static str],
+    pub names: Vec<&'static str>,
     /// One value for each name, without graph.
     pub values: Tensor<1>,
     /// Tokens of prompts and completions.
@@ -56,6 +62,7 @@ impl Learner {
         Self {
             model: model.train(),
             optimizer,
+            reference: None,
             workers: Workers::new(1),
         }
     }
@@ -65,6 +72,13 @@ impl Learner {
     pub fn with_workers(mut self, workers: Workers) -> Self {
         self.workers = workers;
         self
+    }
+
+    /// Moves the reference that follows the policy: `(1 − alpha) reference + alpha policy`.
+    pub fn sync_reference(&mut self, alpha: f64) {
+        if let Some(reference) = self.reference.take() {
+            self.reference = Some(mixed(reference, &self.snapshot(), alpha));
+        }
     }
 
     /// The model without its graph.
@@ -142,7 +156,7 @@ impl Learner {
 /// A micro-batch after its backward pass.
 struct Backward {
     gradients: FlatGradients,
-    names: &'static [&'static str],
+    names: Vec<&'static str>,
     /// The loss, then a value for each name.
     values: Vec<f32>,
     n_tokens: usize,
@@ -162,8 +176,11 @@ fn backward(model: &Transformer, batch: MicroBatch) -> Backward {
     }
 }
 
-/// Names of the preference stage's metrics, as TRL has them.
-pub const PREFERENCE_METRICS: [&str; 10] = [
+/// Names of the preference stage's metrics: TRL's, then what the view of tokens adds.
+///
+/// `kl_estimate/*` are nats per completion token, and need the reference's logps of tokens.
+/// `grad_mass/*` need a gradient.
+pub const PREFERENCE_METRICS: [&str; 16] = [
     "rewards/chosen",
     "rewards/rejected",
     "rewards/margins",
@@ -174,93 +191,265 @@ pub const PREFERENCE_METRICS: [&str; 10] = [
     "logits/rejected",
     "entropy",
     "mean_token_accuracy",
+    "length/chosen",
+    "length/rejected",
+    "kl_estimate/policy_reference",
+    "kl_estimate/reference_policy",
+    "grad_mass/chosen",
+    "grad_mass/rejected",
 ];
+
+/// How many of them any batch has.
+const ALWAYS: usize = 12;
 
 /// Names of the fine-tuning stage's metrics, as TRL has them.
 pub const SFT_METRICS: [&str; 2] = ["entropy", "mean_token_accuracy"];
 
+/// What a preference batch is compared with.
+#[derive(Clone, Debug)]
+pub struct Compared {
+    /// What is known of the reference.
+    pub reference: Reference,
+    /// A weight for each token, for `token_weighted`.
+    pub token_weights: Option<PairTable>,
+}
+
+/// What is known of the reference.
+#[derive(Clone, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one for each batch, beside tensors that are larger still"
+)]
+pub enum Reference {
+    /// Logps that were computed before.
+    Logps(ReferenceLogps),
+    /// The model, for losses that compare whole distributions, or a reference that changes.
+    Model(Box<Transformer>),
+}
+
+impl From<PairLogps> for Compared {
+    fn from(sums: PairLogps) -> Self {
+        Reference::Logps(sums.into()).into()
+    }
+}
+
+impl From<Reference> for Compared {
+    fn from(reference: Reference) -> Self {
+        Self {
+            reference,
+            token_weights: None,
+        }
+    }
+}
+
+/// The loss of a preference batch, and what is logged of it.
+#[derive(Debug)]
+pub(crate) struct PreferenceOutcome {
+    /// One value, with its graph if the model has one.
+    pub(crate) loss: Tensor<1>,
+    /// Names of `values`.
+    pub(crate) names: Vec<&'static str>,
+    /// One value for each name, without graph.
+    pub(crate) values: Tensor<1>,
+}
+
 /// A preference micro-batch: the loss of its pairs under the objectives, DPO's by default.
 ///
-/// The batch holds the chosen completions, then in the same order the rejected ones; `reference`
-/// holds the reference's summed logps of each.
+/// The batch holds the chosen completions, then in the same order the rejected ones.
 ///
 /// # Panics
 ///
-/// If the objectives need more than summed reference logps, which a checked recipe does not ask.
+/// If the objectives need more than `compared` holds, which a checked recipe does not ask.
 pub fn preference_micro_batch(
     model: &Transformer,
     batch: &CompletionBatch,
-    reference: &PairLogps,
+    compared: &Compared,
     objectives: &Objectives,
     beta: Beta,
 ) -> MicroBatch {
-    let scored = model.score(batch, true);
-    let (loss, policy) = preference_loss(&scored, reference, objectives, beta);
+    let outcome = preference_outcome(model, batch, compared, objectives, beta);
     MicroBatch {
-        loss,
-        names: &PREFERENCE_METRICS,
-        values: preference_values(&scored, batch, &policy, reference, beta),
+        loss: outcome.loss,
+        names: outcome.names,
+        values: outcome.values,
         n_tokens: batch.n_tokens(),
     }
 }
 
-/// The loss of a scored batch, and the policy's summed logps as the objectives see them.
-pub(crate) fn preference_loss(
-    scored: &Scored,
-    reference: &PairLogps,
+/// As [`preference_micro_batch`], for models with and without a graph.
+pub(crate) fn preference_outcome(
+    model: &Transformer,
+    batch: &CompletionBatch,
+    compared: &Compared,
     objectives: &Objectives,
     beta: Beta,
-) -> (Tensor<1>, PairLogps) {
-    let tokens = PairTokens::from_halves(scored.table.clone());
-    let policy = objectives.sums(&tokens);
-    let loss = objectives
-        .loss(&PairBatch::new(tokens, reference.clone()), beta)
-        .expect("a checked recipe names objectives that summed reference logps suffice for");
-    (loss, policy)
+) -> PreferenceOutcome {
+    let needs = objectives.needs();
+    let logits = model.completion_logits(batch);
+    let halves = |flat: Tensor<1>| PairTable::from_halves(batch.table(flat).values);
+    let mut inputs = PairInputs {
+        log_sum_sq_probs: needs
+            .log_sum_sq_probs
+            .then(|| halves(plain(log_sum_sq_probs(logits.clone())))),
+        position_kls: None,
+        token_weights: compared.token_weights.clone(),
+        step_mask: None,
+    };
+    let reference = match &compared.reference {
+        Reference::Logps(logps) => logps.clone(),
+        Reference::Model(reference) => {
+            let theirs = reference.completion_logits(batch);
+            if needs.position_kls {
+                let kls = position_kls(theirs.clone(), logits.clone());
+                inputs.position_kls = Some(halves(kls));
+            }
+            PairTokens::from_halves(batch.scored(theirs, false).table).into()
+        }
+    };
+    let scored = batch.scored(logits, true);
+    let loss_of = |table: TokenLogps, inputs: PairInputs| {
+        let pairs = PairBatch {
+            policy: PairTokens::from_halves(table),
+            reference: reference.clone(),
+            inputs,
+        };
+        objectives
+            .loss(&pairs, beta)
+            .expect("a checked recipe names objectives that have all they need")
+    };
+    let mut values = preference_values(&scored, batch, &reference, objectives, beta);
+    let tracked = scored.flat.is_autodiff();
+    if tracked {
+        // The loss once more as a function of the logps alone: its gradient says how hard each
+        // token is pushed.
+        let leaf = scored.flat.clone().inner().autodiff().require_grad();
+        let still = PairInputs {
+            position_kls: inputs.position_kls.clone().map(|kls| PairTable {
+                chosen: plain(kls.chosen),
+                rejected: plain(kls.rejected),
+            }),
+            ..inputs.clone()
+        };
+        let gradients = loss_of(batch.table(leaf.clone()), still).backward();
+        let pushes = leaf.grad(&gradients);
+        let pushes = pushes.unwrap_or_else(|| plain(scored.flat.zeros_like()));
+        values.push(gradient_mass(pushes, plain(scored.flat.clone()), batch));
+    }
+    let names = PREFERENCE_METRICS
+        .into_iter()
+        .filter(|name| match name.split_once('/') {
+            Some(("kl_estimate", _)) => token_level(&reference).is_some(),
+            Some(("grad_mass", _)) => tracked,
+            _ => true,
+        })
+        .collect();
+    PreferenceOutcome {
+        loss: loss_of(scored.table, inputs),
+        names,
+        values: Tensor::cat(values, 0),
+    }
 }
 
-/// The values of [`PREFERENCE_METRICS`] for a scored batch.
+fn token_level(reference: &ReferenceLogps) -> Option<&PairTokens> {
+    match reference {
+        ReferenceLogps::Tokens(tokens) => Some(tokens),
+        _ => None,
+    }
+}
+
+/// The L1 norm of the loss's gradient on the logits, summed over the tokens of the chosen and of
+/// the rejected completion of a pair, in the mean over pairs: `[2]`.
 ///
-/// # Panics
-///
-/// If the batch was scored without statistics.
-pub fn preference_values(
+/// A token pushed by `∂L/∂log π(a|s) = c` moves its own logit by `c (1 − π)` and all others by as
+/// much together, `2 |c| (1 − π)` in all.
+fn gradient_mass(pushes: Tensor<1>, logps: Tensor<1>, batch: &CompletionBatch) -> Tensor<1> {
+    let mass = pushes.abs() * (-logps.exp() + 1.0) * 2.0;
+    let (n_chosen, n_all) = sizes(batch);
+    // The loss is a mean over pairs, and so is this.
+    let sum = |from: usize, to: usize| mass.clone().narrow(0, from, to - from).sum();
+    Tensor::cat(vec![sum(0, n_chosen), sum(n_chosen, n_all)], 0)
+}
+
+/// Chosen tokens, and all completion tokens of a batch.
+fn sizes(batch: &CompletionBatch) -> (usize, usize) {
+    let pairs = batch.counts().len() / 2;
+    let n_chosen = batch.counts()[..pairs].iter().sum();
+    (n_chosen, batch.counts().iter().sum())
+}
+
+/// The values of [`PREFERENCE_METRICS`], those of gradients left out, for a scored batch.
+fn preference_values(
     scored: &Scored,
     batch: &CompletionBatch,
-    policy: &PairLogps,
-    reference: &PairLogps,
+    reference: &ReferenceLogps,
+    objectives: &Objectives,
     beta: Beta,
-) -> Tensor<1> {
-    let policy = PairLogps {
-        chosen: plain(policy.chosen.clone()),
-        rejected: plain(policy.rejected.clone()),
+) -> Vec<Tensor<1>> {
+    let tokens = PairTokens::from_halves(TokenLogps {
+        values: plain(scored.table.values.clone()),
+        mask: plain(scored.table.mask.clone()),
+    });
+    let policy = objectives.sums(&tokens);
+    let sums = match reference {
+        // Reward zero throughout: nothing to compare with.
+        ReferenceLogps::Absent => policy.clone(),
+        ReferenceLogps::Sums(sums) => sums.clone(),
+        ReferenceLogps::Tokens(tokens) => objectives.sums(tokens),
     };
-    let rewards = PairRewards::new(&policy, reference, beta);
-    let pairs = batch.counts().len() / 2;
-    let n_chosen: usize = batch.counts()[..pairs].iter().sum();
-    let n_all: usize = batch.counts().iter().sum();
+    let rewards = PairRewards::new(&policy, &sums, beta);
+    let (n_chosen, n_all) = sizes(batch);
     let stats = scored
         .stats
         .as_ref()
         .expect("preference batches are scored with statistics");
     let mean = |values: &Tensor<1>, from: usize, to: usize| {
-        plain(values.clone()).narrow(0, from, to - from).mean()
+        // One side may have nothing to predict, behind an empty prompt.
+        if from == to {
+            plain(values.clone()).narrow(0, 0, 1).zeros_like()
+        } else {
+            plain(values.clone()).narrow(0, from, to - from).mean()
+        }
     };
-    Tensor::cat(
-        vec![
-            rewards.chosen.clone().mean(),
-            rewards.rejected.clone().mean(),
-            rewards.margins().mean(),
-            rewards.accuracies().mean(),
-            policy.chosen.clone().mean(),
-            policy.rejected.clone().mean(),
-            mean(&stats.mean_logit, 0, n_chosen),
-            mean(&stats.mean_logit, n_chosen, n_all),
-            mean(&stats.entropy, 0, n_all),
-            mean(&stats.top1, 0, n_chosen),
-        ],
-        0,
-    )
+    let lengths = tokens.counts();
+    let mut values = vec![
+        rewards.chosen.clone().mean(),
+        rewards.rejected.clone().mean(),
+        rewards.margins().mean(),
+        rewards.accuracies().mean(),
+        policy.chosen.clone().mean(),
+        policy.rejected.clone().mean(),
+        mean(&stats.mean_logit, 0, n_chosen),
+        mean(&stats.mean_logit, n_chosen, n_all),
+        mean(&stats.entropy, 0, n_all),
+        mean(&stats.top1, 0, n_chosen),
+        lengths.chosen.mean(),
+        lengths.rejected.mean(),
+    ];
+    debug_assert_eq!(values.len(), ALWAYS);
+    if let Some(theirs) = token_level(reference) {
+        let ratios =
+            |ours: &TokenLogps, theirs: &TokenLogps| ours.values.clone() - theirs.values.clone();
+        let estimates = [
+            ratios(&tokens.chosen, &theirs.chosen),
+            ratios(&tokens.rejected, &theirs.rejected),
+        ]
+        .map(kl_estimates);
+        let [chosen, rejected] = estimates;
+        values.push((chosen + rejected) / n_all as f64);
+    }
+    values
+}
+
+/// Sums over tokens of estimates of `KL(π‖π_ref)` and `KL(π_ref‖π)` at their states, `[2]`, nats.
+///
+/// With `r = π(a|s) / π_ref(a|s)` they are `r log r − r + 1` and `r − 1 − log r`: neither is ever
+/// negative, and both are right in the mean over actions that the reference draws (Schulman,
+/// *Approximating KL divergence*). Over other data they are sizes of the change, not divergences.
+fn kl_estimates(log_ratios: Tensor<2>) -> Tensor<1> {
+    let ratios = log_ratios.clone().exp();
+    let forward = ratios.clone() * log_ratios.clone() - ratios.clone() + 1.0;
+    let backward = ratios - 1.0 - log_ratios;
+    Tensor::cat(vec![forward.sum(), backward.sum()], 0)
 }
 
 /// A fine-tuning micro-batch: the mean negative logp of its completion tokens.
@@ -273,7 +462,7 @@ pub fn sft_micro_batch(model: &Transformer, batch: &CompletionBatch) -> MicroBat
     let stats = scored.stats.expect("the statistics were asked for");
     MicroBatch {
         loss: -scored.flat.mean(),
-        names: &SFT_METRICS,
+        names: SFT_METRICS.to_vec(),
         values: Tensor::cat(
             vec![plain(stats.entropy).mean(), plain(stats.top1).mean()],
             0,
@@ -283,7 +472,7 @@ pub fn sft_micro_batch(model: &Transformer, batch: &CompletionBatch) -> MicroBat
 }
 
 /// The value without its graph, whether it has one or not.
-fn plain(tensor: Tensor<1>) -> Tensor<1> {
+fn plain<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     if tensor.is_autodiff() {
         tensor.inner()
     } else {

@@ -20,12 +20,14 @@
 //! assert!(recipe.to_toml().unwrap().contains("batch_size = 8"));
 //! ```
 
+mod cache;
 pub mod checkpoint;
 mod device;
 mod error;
 pub mod evaluate;
 mod learner;
 mod metrics;
+mod mix;
 mod optimizer;
 mod order;
 mod page;
@@ -36,21 +38,24 @@ pub mod reference;
 mod run;
 mod stage;
 mod statistics;
+mod tensorboard;
 mod workers;
 
+pub use cache::ReferenceCache;
 pub use device::device;
 pub use error::TrainError;
 pub use learner::{
-    Learner, MicroBatch, PREFERENCE_METRICS, SFT_METRICS, StepOutcome, pair_logps,
-    preference_micro_batch, preference_values, sft_micro_batch,
+    Compared, Learner, MicroBatch, PREFERENCE_METRICS, Reference, SFT_METRICS, StepOutcome,
+    pair_logps, preference_micro_batch, sft_micro_batch,
 };
 pub use optimizer::{AdamW, FlatGradients};
-pub use order::Order;
+pub use order::{Order, Source};
 pub use page::Judged;
 pub use prepare::{Prepared, PreparedTask, prepare};
 pub use recipe::{
-    CheckpointRecipe, DataRecipe, ModelRecipe, OptimizerRecipe, PreferenceRecipe, Recipe, Schedule,
-    SftRecipe, TaskRecipe,
+    BestRecipe, CheckpointRecipe, ContrastRecipe, DataRecipe, LoraRecipe, ModelRecipe,
+    OptimizerRecipe, PreferenceRecipe, Recipe, Schedule, SftRecipe, SourceRecipe, Sources,
+    SyncRecipe, TaskRecipe,
 };
 pub use run::{Finished, RunOptions, train};
 pub use statistics::Estimate;

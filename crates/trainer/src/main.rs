@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use lm::data::{Boundary, EmptyCompletions, Treatment};
-use trainer::{DataRecipe, Recipe, RunOptions, train};
+use trainer::{DataRecipe, Recipe, ReferenceCache, RunOptions, Sources, train};
 
 /// Training allocates and frees tensors of megabytes all the time; this allocator keeps their
 /// pages, where the system's gives them back and clears them anew.
@@ -86,6 +86,9 @@ struct TrainArgs {
     /// (its end of text alone, as TRL does).
     #[arg(long, value_name = "WAY", requires = "data", default_value = "refuse")]
     empty_completions: EmptyWay,
+    /// Compute the reference's logps anew, and keep none for later runs.
+    #[arg(long)]
+    no_cache: bool,
     /// Where to compute: cpu, wgpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -137,6 +140,7 @@ fn run_train(args: &TrainArgs) -> anyhow::Result<()> {
         out: args.out.clone(),
         device: args.device.clone(),
         resume: args.resume,
+        cache: ReferenceCache::of_the_user().filter(|_| !args.no_cache),
         command: format!("cargo xtask {}", command.join(" ")),
     };
     let finished = train(&recipe, &options)?;
@@ -183,7 +187,7 @@ fn recipe(args: &TrainArgs) -> anyhow::Result<Recipe> {
                 .map(|name| name.to_string_lossy().into_owned())
                 .context("--model names no folder")?;
             let data = DataRecipe {
-                train: data.clone(),
+                train: Sources::One(data.clone()),
                 eval: args.eval_data.clone(),
                 max_length: args.max_length.unwrap_or(1024),
                 malformed_rows: if args.drop_malformed_rows {

@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: one JSON line a step.
+//! `metrics.jsonl`: one JSON line a step; and the same numbers for TensorBoard.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -8,12 +8,17 @@ use lm::files::write_atomically;
 use serde_json::{Map, Value};
 
 use crate::error::TrainError;
+use crate::tensorboard::EventFile;
+
+/// Folder of the event file, beside the log.
+const EVENTS: &str = "tensorboard";
 
 /// The open log of a run.
 #[derive(Debug)]
 pub(crate) struct MetricsLog {
     path: PathBuf,
     file: File,
+    events: EventFile,
 }
 
 impl MetricsLog {
@@ -28,7 +33,7 @@ impl MetricsLog {
         path: &Path,
         keep: impl Fn(&str, usize) -> bool,
     ) -> Result<Self, TrainError> {
-        let kept: Vec<String> = read(path)?
+        let kept: Vec<Map<String, Value>> = read(path)?
             .into_iter()
             .filter(|line| {
                 let stage = line.get("stage").and_then(Value::as_str);
@@ -37,19 +42,23 @@ impl MetricsLog {
                     .zip(step)
                     .is_some_and(|(stage, step)| keep(stage, step as usize))
             })
-            .map(|line| Value::Object(line).to_string())
             .collect();
         write_atomically(path, |file| {
-            kept.iter().try_for_each(|line| writeln!(file, "{line}"))
+            kept.iter().try_for_each(|line| {
+                let text = serde_json::to_string(line)?;
+                writeln!(file, "{text}")
+            })
         })
         .map_err(TrainError::io(path))?;
         let file = OpenOptions::new()
             .append(true)
             .open(path)
             .map_err(TrainError::io(path))?;
+        let folder = path.with_file_name(EVENTS);
         Ok(Self {
             path: path.to_path_buf(),
             file,
+            events: EventFile::create(&folder, &kept)?,
         })
     }
 
@@ -68,6 +77,7 @@ impl MetricsLog {
     ///
     /// Any error of the file system, a full disk among them.
     pub(crate) fn write(&mut self, line: Map<String, Value>) -> Result<(), TrainError> {
+        self.events.write(&line)?;
         // One call, so that a line is never interleaved with another process's.
         let text = format!("{}\n", Value::Object(line));
         self.file

@@ -63,10 +63,10 @@ pub(crate) fn write_report(
         subtitle: format!("{command}\n{}", machine(summary)),
         summary_cards: cards(summary, judged, ceiling),
         outcomes: outcomes(judged),
-        curves: curves(lines, ceiling),
+        curves: curves(lines, ceiling, chosen_bound(recipe)),
         samples: samples(recipe, prepared, judged, policy, reference)?,
         recipe_toml: resolved.to_string(),
-        notes: notes(prepared),
+        notes: notes(prepared, summary),
     };
     report::write_atomically(path, &page.to_html()?)?;
     Ok(())
@@ -173,7 +173,13 @@ fn outcomes(judged: &Judged) -> Vec<OutcomeRow> {
     .collect()
 }
 
-fn curves(lines: &[Map<String, Value>], ceiling: Option<f64>) -> Vec<Plot> {
+/// The most that the mean implicit reward of chosen completions can be, where it is known:
+/// `β KL(p_chosen ‖ π_ref)` (P11 of the theory chapter), reward units.
+fn chosen_bound(recipe: &Recipe) -> Option<f64> {
+    Some(recipe.preference.beta.get() * recipe.preference.chosen_kl?)
+}
+
+fn curves(lines: &[Map<String, Value>], ceiling: Option<f64>, bound: Option<f64>) -> Vec<Plot> {
     let series = |stage: &str, key: &str, name: &str| Series {
         name: name.into(),
         points: lines
@@ -208,6 +214,20 @@ fn curves(lines: &[Map<String, Value>], ceiling: Option<f64>) -> Vec<Plot> {
             label: "most that label noise allows".into(),
             y,
         }));
+    let mut rewards = plot(
+        "Implicit rewards",
+        "reward units",
+        vec![
+            preference("rewards/chosen", "chosen"),
+            preference("rewards/rejected", "rejected"),
+            preference("eval_rewards/chosen", "chosen, held-out"),
+            preference("eval_rewards/rejected", "rejected, held-out"),
+        ],
+    );
+    rewards.reference_lines.extend(bound.map(|y| ReferenceLine {
+        label: "most that chosen can reach".into(),
+        y,
+    }));
     vec![
         plot(
             "Fine-tuning loss",
@@ -222,16 +242,7 @@ fn curves(lines: &[Map<String, Value>], ceiling: Option<f64>) -> Vec<Plot> {
                 preference("eval_loss", "held-out"),
             ],
         ),
-        plot(
-            "Implicit rewards",
-            "reward units",
-            vec![
-                preference("rewards/chosen", "chosen"),
-                preference("rewards/rejected", "rejected"),
-                preference("eval_rewards/chosen", "chosen, held-out"),
-                preference("eval_rewards/rejected", "rejected, held-out"),
-            ],
-        ),
+        rewards,
         plot(
             "Reward margins",
             "reward units",
@@ -247,6 +258,44 @@ fn curves(lines: &[Map<String, Value>], ceiling: Option<f64>) -> Vec<Plot> {
             vec![
                 preference("logps/chosen", "chosen"),
                 preference("logps/rejected", "rejected"),
+            ],
+        ),
+        plot(
+            "Divergence from the reference",
+            "nats per token",
+            vec![
+                preference(
+                    "kl_estimate/policy_reference",
+                    "KL(policy, reference), estimate",
+                ),
+                preference(
+                    "kl_estimate/reference_policy",
+                    "KL(reference, policy), estimate",
+                ),
+                preference(
+                    "eval_kl/policy_reference",
+                    "KL(policy, reference), held-out",
+                ),
+                preference(
+                    "eval_kl/reference_policy",
+                    "KL(reference, policy), held-out",
+                ),
+            ],
+        ),
+        plot(
+            "Gradient on the logits",
+            "L1 norm per pair",
+            vec![
+                preference("grad_mass/chosen", "chosen tokens"),
+                preference("grad_mass/rejected", "rejected tokens"),
+            ],
+        ),
+        plot(
+            "Length of completions",
+            "tokens",
+            vec![
+                preference("length/chosen", "chosen"),
+                preference("length/rejected", "rejected"),
             ],
         ),
         plot(
@@ -276,19 +325,25 @@ fn curves(lines: &[Map<String, Value>], ceiling: Option<f64>) -> Vec<Plot> {
     ]
 }
 
-fn notes(prepared: &Prepared) -> Vec<String> {
-    prepared
-        .reports
-        .iter()
-        .map(|(file, report)| {
-            let lines: Vec<String> = report
-                .lines()
-                .into_iter()
-                .filter(|(_, count)| *count > 0)
-                .map(|(what, count)| format!("{what} {count}"))
-                .collect();
-            format!("{file}: {}", lines.join(", "))
-        })
+fn notes(prepared: &Prepared, summary: &Map<String, Value>) -> Vec<String> {
+    let warnings = summary.get("warnings").and_then(Value::as_array);
+    let warnings = warnings.into_iter().flatten().filter_map(Value::as_str);
+    let files = prepared.reports.iter().map(|(file, report)| {
+        let lines: Vec<String> = report
+            .lines()
+            .into_iter()
+            .filter(|(_, count)| *count > 0)
+            .map(|(what, count)| format!("{what} {count}"))
+            .collect();
+        format!("{file}: {}", lines.join(", "))
+    });
+    let class = prepared.tokenizer.replaced_by_class().map(|class| {
+        format!("tokenizer_config.json names the class {class}, whose rules replace some of tokenizer.json")
+    });
+    warnings
+        .map(str::to_string)
+        .chain(files)
+        .chain(class)
         .collect()
 }
 

@@ -1,6 +1,6 @@
 //! From a recipe to a model, a tokenizer and tokens.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 use lm::chat::ChatTemplate;
@@ -13,6 +13,7 @@ use lm::{LlamaShape, ModelConfig, Transformer};
 use memo_task::{Memo, MemoTask, Split};
 
 use crate::error::TrainError;
+use crate::order::Source;
 use crate::progress::Progress;
 use crate::recipe::{DataRecipe, Recipe, TaskRecipe};
 
@@ -27,12 +28,28 @@ pub struct Prepared {
     pub sft: Vec<SftExample>,
     /// Pairs of the preference stage.
     pub train: Vec<PreferencePair>,
+    /// Where they come from, and how often an epoch shows them.
+    pub sources: Vec<Source>,
+    /// The file of each source; none for the embedded task.
+    pub files: Vec<PathBuf>,
     /// Held-out pairs; may be none.
     pub eval: Vec<PreferencePair>,
     /// The embedded task and its held-out prompts, if it is the data.
     pub task: Option<PreparedTask>,
     /// What was read, dropped and cut, by file.
     pub reports: Vec<(String, DataReport)>,
+}
+
+impl Prepared {
+    /// The row of the data that a training pair was made of, with its file where there are several.
+    pub fn row(&self, pair: usize) -> String {
+        let row = self.train[pair].row;
+        let source = self.sources.iter().position(|s| s.examples.contains(&pair));
+        match source.and_then(|source| self.files.get(source)) {
+            Some(file) if self.files.len() > 1 => format!("{} {row}", file.display()),
+            _ => row.to_string(),
+        }
+    }
 }
 
 /// The embedded task, ready to judge.
@@ -115,6 +132,10 @@ fn prepare_task(
             .collect()
     };
     let train = pairs(&task.pairs(Split::Train, numbers.train_pairs, recipe.seed));
+    let sources = vec![Source {
+        examples: 0..train.len(),
+        weight: 1.0,
+    }];
     let held_out = task.pairs(Split::Eval, numbers.eval_pairs, recipe.seed);
     let prompts = task
         .examples(Split::Prompts, numbers.eval_prompts, recipe.seed)
@@ -126,6 +147,8 @@ fn prepare_task(
         tokenizer,
         sft,
         train,
+        sources,
+        files: Vec::new(),
         eval: pairs(&held_out),
         reports: Vec::new(),
         task: Some(PreparedTask {
@@ -185,7 +208,17 @@ fn prepare_files(
         reports.push((path.display().to_string(), tokenized.report));
         Ok(tokenized.examples)
     };
-    let train = read(&data.train, "training data")?;
+    let mut train = Vec::new();
+    let (mut sources, mut files) = (Vec::new(), Vec::new());
+    for source in data.train.list() {
+        let from = train.len();
+        train.extend(read(&source.path, "training data")?);
+        sources.push(Source {
+            examples: from..train.len(),
+            weight: source.weight,
+        });
+        files.push(source.path);
+    }
     let eval = match &data.eval {
         Some(path) => read(path, "evaluation data")?,
         None => Vec::new(),
@@ -196,6 +229,8 @@ fn prepare_files(
         tokenizer,
         sft: Vec::new(),
         train,
+        sources,
+        files,
         eval,
         task: None,
         reports,

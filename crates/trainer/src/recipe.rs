@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use dpo_loss::{Beta, Objectives, ReferenceNeed};
+use dpo_loss::{Beta, Objectives};
 use lm::data::{Boundary, EmptyCompletions, Treatment};
 use memo_task::MemoConfig;
 use serde::{Deserialize, Serialize};
@@ -26,9 +26,16 @@ pub struct Recipe {
     /// takes as many times the memory; the numbers are the same.
     #[serde(default = "defaults::workers")]
     pub workers: usize,
+    /// Keep no activations of a block for the backward pass but compute them again: less memory,
+    /// about a third more time.
+    #[serde(default)]
+    pub gradient_checkpointing: bool,
     /// The model to begin with.
     #[serde(default)]
     pub model: ModelRecipe,
+    /// Low-rank adapters to train in the preference stage instead of the weights themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora: Option<LoraRecipe>,
     /// Preference files; absent for the embedded task.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<DataRecipe>,
@@ -65,14 +72,30 @@ pub struct ModelRecipe {
     pub kv_heads: usize,
     /// Whether the output head is the embedding table.
     pub tied: bool,
+    /// Parameters that stay as they are, by patterns over their Hugging Face names, such as
+    /// `model.embed_tokens.*`.
+    pub frozen: Vec<String>,
+}
+
+/// Low-rank adapters, as in PEFT: `W + (alpha / rank) A B` in place of `W`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoraRecipe {
+    /// Rank of each adapter.
+    pub rank: usize,
+    /// The adapters' outputs are multiplied by `alpha / rank`.
+    pub alpha: f64,
+    /// The matrices that get one, by the last part of their Hugging Face names, or `all-linear`.
+    pub targets: Vec<String>,
 }
 
 /// Preference files.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataRecipe {
-    /// The pairs to train on: JSON lines, a JSON array, or Parquet.
-    pub train: PathBuf,
+    /// The pairs to train on: JSON lines, a JSON array, or Parquet. A path, or a list of
+    /// `{ path, weight }`.
+    pub train: Sources,
     /// The pairs to evaluate on; none means that nothing is evaluated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval: Option<PathBuf>,
@@ -88,6 +111,40 @@ pub struct DataRecipe {
     /// Rows with an empty completion: an error, left out, or kept with its end of text alone.
     #[serde(default)]
     pub empty_completions: EmptyCompletions,
+}
+
+/// Files of pairs, and how often an epoch shows those of each.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Sources {
+    /// One file, each pair once an epoch.
+    One(PathBuf),
+    /// Several files, mixed.
+    Many(Vec<SourceRecipe>),
+}
+
+/// One of several files of pairs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceRecipe {
+    /// The file.
+    pub path: PathBuf,
+    /// How often an epoch shows each of its pairs: 1 once, 0.5 a fresh half each epoch, 2 twice.
+    #[serde(default = "defaults::weight")]
+    pub weight: f64,
+}
+
+impl Sources {
+    /// Each file with its weight.
+    pub fn list(&self) -> Vec<SourceRecipe> {
+        match self {
+            Self::One(path) => vec![SourceRecipe {
+                path: path.clone(),
+                weight: defaults::weight(),
+            }],
+            Self::Many(sources) => sources.clone(),
+        }
+    }
 }
 
 /// The embedded task: how many memos of each kind, and its own numbers.
@@ -118,6 +175,8 @@ pub struct SftRecipe {
     pub batch_size: usize,
     /// Micro-batches in a step.
     pub accumulation: usize,
+    /// Let examples of like length share a step, so that less of it is padding.
+    pub group_by_length: bool,
     /// The optimizer.
     pub optimizer: OptimizerRecipe,
 }
@@ -142,8 +201,76 @@ pub struct PreferenceRecipe {
     pub eval_batch_size: usize,
     /// Steps between evaluations; 0 evaluates at the start and the end alone.
     pub eval_every: usize,
+    /// Let pairs of like length share a step, so that less of it is padding.
+    pub group_by_length: bool,
+    /// `KL(p_chosen ‖ reference)` of whole completions, nats, where it is known: the report then
+    /// draws the bound that it sets to the chosen reward.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen_kl: Option<f64>,
+    /// Let the reference follow the policy.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sync_reference: Option<SyncRecipe>,
+    /// Keep the weights of the best evaluation, and stop when evaluations get no better.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub best: Option<BestRecipe>,
+    /// Weights of tokens from two models, for the loss `token_weighted`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub contrast: Option<ContrastRecipe>,
     /// The optimizer.
     pub optimizer: OptimizerRecipe,
+}
+
+/// A reference that follows the policy: TR-DPO, Gorbatovski et al. (2024), arXiv 2404.09656.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SyncRecipe {
+    /// Share of the policy in the new reference: `(1 − alpha) reference + alpha policy`.
+    pub alpha: f64,
+    /// Steps between two changes.
+    pub every: usize,
+}
+
+/// Which weights are the best, and how long to wait for better ones.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BestRecipe {
+    /// Name of an evaluation's metric, such as `eval_loss` or `eval_rewards/accuracies`.
+    pub metric: String,
+    /// Whether more of it is better; by default, unless its name ends in `loss`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub greater_is_better: Option<bool>,
+    /// Evaluations without a better one before the stage is left; 0 never leaves it.
+    pub patience: usize,
+    /// A better evaluation is better by more than this.
+    pub min_delta: f64,
+}
+
+impl BestRecipe {
+    /// Whether more of the metric is better.
+    pub fn is_better_when_greater(&self) -> bool {
+        self.greater_is_better
+            .unwrap_or(!self.metric.ends_with("loss"))
+    }
+}
+
+/// Weights of tokens from a model of good completions and one of bad ones: TIS-DPO, Liu et al.
+/// (2024), arXiv 2410.04350.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ContrastRecipe {
+    /// Folder of the model of good completions.
+    pub positive: PathBuf,
+    /// Folder of the model of bad completions.
+    pub negative: PathBuf,
+    /// Exponent of their ratio for chosen completions; that of rejected ones is its negative.
+    #[serde(default = "defaults::contrast_scale")]
+    pub scale: f64,
+    /// Least log-ratio that is told apart, nats.
+    #[serde(default = "defaults::contrast_low")]
+    pub low: f64,
+    /// Largest log-ratio that is told apart, nats.
+    #[serde(default = "defaults::contrast_high")]
+    pub high: f64,
 }
 
 /// AdamW, its learning rate over time, and clipping.
@@ -200,6 +327,37 @@ impl Default for ModelRecipe {
             heads: 4,
             kv_heads: 4,
             tied: true,
+            frozen: Vec::new(),
+        }
+    }
+}
+
+impl Default for LoraRecipe {
+    fn default() -> Self {
+        Self {
+            rank: 16,
+            alpha: 32.0,
+            targets: vec!["all-linear".into()],
+        }
+    }
+}
+
+impl Default for SyncRecipe {
+    fn default() -> Self {
+        Self {
+            alpha: 0.6,
+            every: 512,
+        }
+    }
+}
+
+impl Default for BestRecipe {
+    fn default() -> Self {
+        Self {
+            metric: "eval_loss".into(),
+            greater_is_better: None,
+            patience: 0,
+            min_delta: 0.0,
         }
     }
 }
@@ -223,6 +381,7 @@ impl Default for SftRecipe {
             epochs: 1.0,
             batch_size: 32,
             accumulation: 1,
+            group_by_length: false,
             optimizer: OptimizerRecipe {
                 learning_rate: 3e-3,
                 beta2: 0.98,
@@ -245,6 +404,11 @@ impl Default for PreferenceRecipe {
             accumulation: 1,
             eval_batch_size: 16,
             eval_every: 0,
+            group_by_length: false,
+            chosen_kl: None,
+            sync_reference: None,
+            best: None,
+            contrast: None,
             optimizer: OptimizerRecipe::default(),
         }
     }
@@ -287,6 +451,22 @@ mod defaults {
     pub(super) fn max_length() -> usize {
         1024
     }
+
+    pub(super) fn weight() -> f64 {
+        1.0
+    }
+
+    pub(super) fn contrast_scale() -> f64 {
+        1.0
+    }
+
+    pub(super) fn contrast_low() -> f64 {
+        -0.5
+    }
+
+    pub(super) fn contrast_high() -> f64 {
+        1.5
+    }
 }
 
 impl Recipe {
@@ -309,6 +489,8 @@ impl Recipe {
             name: name.to_string(),
             seed: defaults::seed(),
             workers: defaults::workers(),
+            gradient_checkpointing: false,
+            lora: None,
             model: ModelRecipe {
                 path: Some(model),
                 ..ModelRecipe::default()
@@ -402,6 +584,16 @@ impl Recipe {
                 if data.max_length < 2 {
                     return Err(wrong("data.max_length", "at least 2", &data.max_length));
                 }
+                let sources = data.train.list();
+                if sources.is_empty() {
+                    return Err(wrong("data.train", "at least one file", &"none"));
+                }
+                for source in &sources {
+                    if !(source.weight.is_finite() && source.weight > 0.0) {
+                        let key = format!("data.train `{}` weight", source.path.display());
+                        return Err(wrong(&key, "a number above 0", &source.weight));
+                    }
+                }
             }
             (Some(task), None) => {
                 for (key, value) in [
@@ -440,21 +632,88 @@ impl Recipe {
         if stage.eval_batch_size == 0 {
             return Err(wrong("preference.eval_batch_size", "at least 1", &0));
         }
-        let needs = stage.objective.needs();
-        if needs.reference == ReferenceNeed::Tokens
-            || needs.log_sum_sq_probs
-            || needs.position_kls
-            || needs.token_weights
-            || needs.step_mask
+        self.check_objective(&wrong)?;
+        if let Some(sync) = &stage.sync_reference {
+            if !(sync.alpha > 0.0 && sync.alpha <= 1.0) {
+                let key = "preference.sync_reference.alpha";
+                return Err(wrong(key, "above 0 and at most 1", &sync.alpha));
+            }
+            if sync.every == 0 {
+                return Err(wrong("preference.sync_reference.every", "at least 1", &0));
+            }
+            if self.lora.is_some() {
+                let (key, expected) = ("preference.sync_reference", "none beside [lora]");
+                return Err(wrong(key, expected, &"both"));
+            }
+        }
+        if let Some(best) = &stage.best {
+            if self.data.as_ref().is_some_and(|data| data.eval.is_none()) {
+                let expected = "`data.eval` beside it, since it reads evaluations";
+                return Err(wrong("preference.best", expected, &"none"));
+            }
+            if !(best.min_delta.is_finite() && best.min_delta >= 0.0) {
+                let key = "preference.best.min_delta";
+                return Err(wrong(key, "at least 0", &best.min_delta));
+            }
+        }
+        if let Some(kl) = stage.chosen_kl
+            && !(kl.is_finite() && kl >= 0.0)
         {
-            let expected = "losses that summed logps suffice for";
-            let got = "one that needs more of each token than the trainer keeps";
-            return Err(wrong("preference.objective", expected, &got));
+            return Err(wrong("preference.chosen_kl", "at least 0", &kl));
+        }
+        if let Some(lora) = &self.lora {
+            if lora.rank == 0 {
+                return Err(wrong("lora.rank", "at least 1", &0));
+            }
+            if !lora.alpha.is_finite() {
+                return Err(wrong("lora.alpha", "a number", &lora.alpha));
+            }
+            if lora.targets.is_empty() {
+                return Err(wrong("lora.targets", "at least one name", &"none"));
+            }
+            if !self.model.frozen.is_empty() {
+                let expected = "none beside [lora], which freezes all weights";
+                return Err(wrong("model.frozen", expected, &"both"));
+            }
         }
         if self.checkpoints.keep == 0 {
             return Err(wrong("checkpoints.keep", "at least 1", &0));
         }
         stage.optimizer.check("preference.optimizer", &wrong)
+    }
+}
+
+impl Recipe {
+    /// Checks that the trainer has what the losses need.
+    fn check_objective(&self, wrong: &Wrong<'_>) -> Result<(), TrainError> {
+        let stage = &self.preference;
+        let needs = stage.objective.needs();
+        let key = "preference.objective";
+        if needs.step_mask {
+            let expected = "losses over whole completions";
+            let got = "`step`; write the shared steps into the prompt, and `sigmoid` is that loss";
+            return Err(wrong(key, expected, &got));
+        }
+        match (&stage.contrast, needs.token_weights) {
+            (None, true) => {
+                let expected = "[preference.contrast] beside `token_weighted`";
+                return Err(wrong(key, expected, &"none"));
+            }
+            (Some(_), false) => {
+                let expected = "the loss `token_weighted`, which reads it";
+                return Err(wrong("preference.contrast", expected, &"none"));
+            }
+            _ => {}
+        }
+        if let Some(contrast) = &stage.contrast {
+            let numbers = [contrast.scale, contrast.low, contrast.high];
+            if !(numbers.iter().all(|x| x.is_finite()) && contrast.low <= contrast.high) {
+                let expected = "finite numbers with `low` at most `high`";
+                let got = format!("{numbers:?}");
+                return Err(wrong("preference.contrast", expected, &got));
+            }
+        }
+        Ok(())
     }
 }
 

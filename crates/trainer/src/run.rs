@@ -6,23 +6,26 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use burn::tensor::Device;
-use lm::data::PreferencePair;
+use dpo_loss::{Contrast, PairTable, TokenLogps, contrastive_weights};
+use lm::data::{PreferencePair, SftExample};
 use lm::files::{write_atomically, write_folder_atomically};
 use lm::tokenizer::Tokenizer;
 use lm::{CompletionBatch, Generated, Transformer};
 use serde_json::{Map, Value, json};
 
+use crate::cache::{ReferenceCache, model_digest};
 use crate::checkpoint::{self, digest_of};
 use crate::error::TrainError;
-use crate::evaluate::{preference_metrics, sample_completions, true_rewards, wins};
-use crate::learner::{Learner, pair_logps, preference_micro_batch, sft_micro_batch};
+use crate::evaluate::{divergences, preference_metrics, sample_completions, true_rewards, wins};
+use crate::learner::{Compared, Learner, Reference, preference_micro_batch, sft_micro_batch};
 use crate::metrics::MetricsLog;
 use crate::optimizer::AdamW;
+use crate::order::Source;
 use crate::page::{Judged, write_report};
 use crate::prepare::{Prepared, prepare};
-use crate::recipe::{PreferenceRecipe, Recipe};
+use crate::recipe::{ContrastRecipe, PreferenceRecipe, Recipe};
 use crate::reference::{ReferenceLogps, pair_batch};
-use crate::stage::{Done, Place, Stage};
+use crate::stage::{Calls, Done, Place, Stage};
 use crate::statistics::Estimate;
 use crate::workers::Workers;
 
@@ -35,6 +38,8 @@ pub struct RunOptions {
     pub device: String,
     /// Go on with the run in the folder instead of beginning one.
     pub resume: bool,
+    /// Where reference logps are kept from one run to the next; `None` keeps none.
+    pub cache: Option<ReferenceCache>,
     /// The command line, for the report.
     pub command: String,
 }
@@ -73,6 +78,8 @@ pub fn train(recipe: &Recipe, options: &RunOptions) -> Result<Finished, TrainErr
         prepared,
         session: began,
         workers: Workers::new(recipe.workers),
+        cache: options.cache.clone(),
+        device_name: options.device.clone(),
     };
     run.finish(options, &resolved)
 }
@@ -88,12 +95,20 @@ struct Run<'a> {
     prepared: Prepared,
     session: Instant,
     workers: Workers,
+    cache: Option<ReferenceCache>,
+    device_name: String,
 }
 
 /// The stage after fine-tuning, and the parts of its data.
 const PREFERENCE: &str = "preference";
 const TRAIN: &str = "train";
 const EVAL: &str = "eval";
+/// Where an evaluation says that something is wrong, in words.
+const WARNING: &str = "eval_warning";
+
+/// Held-out pairs on which whole distributions are compared at each evaluation: enough for the
+/// third digit, few enough to cost little.
+const DIVERGENCE_PAIRS: usize = 256;
 
 /// Names of what a run's folder holds.
 mod names {
@@ -239,19 +254,11 @@ fn inputs_digest(prepared: &Prepared, recipe: &Recipe) -> Result<String, TrainEr
     }
     let mut digests = digest_of(&bytes);
     if let Some(folder) = &recipe.model.path {
-        let entries = std::fs::read_dir(folder).map_err(TrainError::io(folder))?;
-        let mut files: Vec<PathBuf> = entries
-            .filter_map(Result::ok)
-            .map(|entry| entry.path())
-            .filter(|path| {
-                let name = path.file_name().unwrap_or_default().to_string_lossy();
-                name == "config.json" || name.ends_with(".safetensors")
-            })
-            .collect();
-        files.sort();
-        for path in files {
-            digests += &checkpoint::digest(&path).map_err(TrainError::io(&path))?;
-        }
+        digests += &model_digest(folder)?;
+    }
+    if let Some(contrast) = &recipe.preference.contrast {
+        digests += &model_digest(&contrast.positive)?;
+        digests += &model_digest(&contrast.negative)?;
     }
     Ok(digest_of(digests.as_bytes()))
 }
@@ -297,12 +304,20 @@ impl Run<'_> {
             summary.insert("n_eval_pairs".into(), self.prepared.eval.len().into());
         }
         let judged = self.judge(&reference, &policy, &mut summary)?;
-        let pairs = (done.step
-            * self.recipe.preference.batch_size
-            * self.recipe.preference.accumulation)
-            .min(
-                (self.recipe.preference.epochs * self.prepared.train.len() as f64).ceil() as usize,
-            );
+        let pairs = self.preference_stage().n_seen(done.step);
+        if let Some(best) = &done.best {
+            summary.insert("best_step".into(), best.step.into());
+            summary.insert("best_value".into(), best.value.into());
+        }
+        // The first of its kind says it all.
+        let warning = lines.iter().find_map(|line| {
+            let warning = line.get(WARNING)?.as_str()?;
+            Some(format!(
+                "{PREFERENCE} step {}: {warning}",
+                line.get("step")?
+            ))
+        });
+        summary.insert("warnings".into(), json!(warning.as_slice()));
         summary.insert(
             "pairs_per_second".into(),
             (pairs as f64 / done.seconds).into(),
@@ -366,7 +381,17 @@ impl Run<'_> {
         let stage = Stage {
             name: "sft",
             unit: "examples",
-            n_examples: self.prepared.sft.len(),
+            sources: vec![Source {
+                examples: 0..self.prepared.sft.len(),
+                weight: 1.0,
+            }],
+            lengths: sft.group_by_length.then(|| {
+                let length =
+                    |example: &SftExample| example.prompt_ids.len() + example.completion_ids.len();
+                self.prepared.sft.iter().map(length).collect()
+            }),
+            sync: None,
+            best: None,
             epochs: sft.epochs,
             max_steps: 0,
             batch_size: sft.batch_size,
@@ -380,40 +405,42 @@ impl Run<'_> {
         let mut log = self.log(|at, step| at == stage.name && step <= done.step)?;
         let checkpoints = self.path(names::CHECKPOINTS);
         let (examples, device) = (&self.prepared.sft, &self.device);
-        stage
-            .run(
-                &mut learner,
-                done,
-                &mut log,
-                &self.place(&checkpoints),
-                |model, batch| {
-                    let rows: Vec<(&[u32], &[u32])> = batch
-                        .iter()
-                        .map(|&index| {
-                            let example = &examples[index];
-                            (&example.prompt_ids[..], &example.completion_ids[..])
-                        })
-                        .collect();
-                    sft_micro_batch(model, &CompletionBatch::new(&rows, device))
-                },
-                |_| Ok(Map::new()),
-            )
-            .map_err(|error| error.with_rows(|index| examples[index].row))?;
+        let calls = Calls {
+            micro: |model: &Transformer, _: Option<&Transformer>, batch: &[usize]| {
+                let rows: Vec<(&[u32], &[u32])> = batch
+                    .iter()
+                    .map(|&index| {
+                        let example = &examples[index];
+                        (&example.prompt_ids[..], &example.completion_ids[..])
+                    })
+                    .collect();
+                sft_micro_batch(model, &CompletionBatch::new(&rows, device))
+            },
+            evaluate: |_: &Learner, _| Ok(Map::new()),
+            row: |index: usize| examples[index].row.to_string(),
+        };
+        let place = self.place(&checkpoints);
+        stage.run(&mut learner, done, &mut log, &place, calls)?;
         let model = learner.snapshot();
         write_model(&finished, &model, &self.prepared.tokenizer, true)?;
         Ok(model)
     }
 
-    /// The preference stage.
-    fn prefer(&self, reference: &Transformer) -> Result<(Transformer, Done), TrainError> {
+    fn preference_stage(&self) -> Stage<'_> {
         let recipe = &self.recipe.preference;
-        let (train, eval) = (&self.prepared.train, &self.prepared.eval);
-        let train_logps = self.reference_logps(reference, train, TRAIN, recipe)?;
-        let eval_logps = self.reference_logps(reference, eval, EVAL, recipe)?;
-        let stage = Stage {
+        let train = &self.prepared.train;
+        Stage {
             name: PREFERENCE,
             unit: "pairs",
-            n_examples: train.len(),
+            sources: self.prepared.sources.clone(),
+            lengths: recipe.group_by_length.then(|| {
+                let length = |pair: &PreferencePair| {
+                    pair.prompt_ids.len() + pair.chosen_ids.len() + pair.rejected_ids.len()
+                };
+                train.iter().map(length).collect()
+            }),
+            sync: recipe.sync_reference.as_ref(),
+            best: recipe.best.as_ref(),
             epochs: recipe.epochs,
             max_steps: recipe.max_steps,
             batch_size: recipe.batch_size,
@@ -421,44 +448,151 @@ impl Run<'_> {
             eval_every: recipe.eval_every,
             optimizer: &recipe.optimizer,
             seed: self.recipe.seed.wrapping_add(1),
-        };
+        }
+    }
+
+    /// The preference stage: its policy, and where it ended.
+    fn prefer(&self, start: &Transformer) -> Result<(Transformer, Done), TrainError> {
+        let recipe = &self.recipe.preference;
+        let (train, eval) = (&self.prepared.train, &self.prepared.eval);
+        let train_against = self.against(start, train, TRAIN)?;
+        let eval_against = self.against(start, eval, EVAL)?;
+        let stage = self.preference_stage();
         let optimizer = AdamW::new(&recipe.optimizer);
-        let (mut learner, done) = self.begin(&stage, reference.clone(), optimizer)?;
+        let (mut learner, done) = self.begin(&stage, start.clone(), optimizer)?;
+        if recipe.sync_reference.is_some() && learner.reference.is_none() {
+            learner.reference = Some(start.clone());
+        }
         let mut log =
             self.log(|at, step| at != stage.name || (step <= done.step && done.step > 0))?;
         let checkpoints = self.path(names::CHECKPOINTS);
         let device = &self.device;
+        let compared = |against: &Against,
+                        batch: &CompletionBatch,
+                        pairs: &[usize],
+                        moved: Option<&Transformer>| {
+            against.compared(pairs, batch, moved.unwrap_or(start), device)
+        };
+        let mut warned = false;
+        let calls = Calls {
+            micro: |model: &Transformer, moved: Option<&Transformer>, pairs: &[usize]| {
+                let batch = self.batch(train, pairs, model);
+                let compared = compared(&train_against, &batch, pairs, moved);
+                preference_micro_batch(model, &batch, &compared, &recipe.objective, recipe.beta)
+            },
+            evaluate: |learner: &Learner, step: usize| {
+                let model = learner.snapshot();
+                let moved = learner.reference.as_ref();
+                let mut values = preference_metrics(
+                    &model,
+                    eval,
+                    |pairs, batch| compared(&eval_against, batch, pairs, moved),
+                    (&recipe.objective, recipe.beta),
+                    recipe.eval_batch_size,
+                    &self.workers,
+                );
+                let some = &eval[..eval.len().min(DIVERGENCE_PAIRS)];
+                let reference = moved.unwrap_or(start);
+                let (size, workers) = (recipe.eval_batch_size, &self.workers);
+                if let Some(found) = divergences(&model, reference, some, size, workers) {
+                    values.insert(
+                        "eval_kl/policy_reference".into(),
+                        found.policy_reference.into(),
+                    );
+                    values.insert(
+                        "eval_kl/reference_policy".into(),
+                        found.reference_policy.into(),
+                    );
+                    if let Some(warning) = found.unexplained.warning() {
+                        if !std::mem::replace(&mut warned, true) {
+                            eprintln!("warning: {PREFERENCE} step {step}: {warning}");
+                        }
+                        values.insert(WARNING.into(), warning.into());
+                    }
+                }
+                Ok(values)
+            },
+            row: |index: usize| self.prepared.row(index),
+        };
         let done = stage.run(
             &mut learner,
             done,
             &mut log,
             &self.place(&checkpoints),
-            |model, batch| {
-                let pairs = batch.iter().map(|&index| &train[index]);
-                let pick =
-                    |values: &[f32]| -> Vec<f32> { batch.iter().map(|&i| values[i]).collect() };
-                let (chosen, rejected) = (pick(&train_logps.chosen), pick(&train_logps.rejected));
-                preference_micro_batch(
-                    model,
-                    &pair_batch(pairs, model.config().hidden_size, device),
-                    &pair_logps(&chosen, &rejected, device),
-                    &recipe.objective,
-                    recipe.beta,
-                )
-            },
-            |model| {
-                Ok(preference_metrics(
-                    model,
-                    eval,
-                    &eval_logps,
-                    (&recipe.objective, recipe.beta),
-                    recipe.eval_batch_size,
-                    &self.workers,
+            calls,
+        )?;
+        let policy = match &done.best {
+            Some(best) if best.step != done.step => {
+                let path = checkpoint::best_path(&checkpoints, stage.name);
+                checkpoint::verify_files(&path)?;
+                eprintln!("{PREFERENCE}: taking the weights of step {}", best.step);
+                Transformer::read(&path, &self.device)?
+            }
+            _ => learner.snapshot(),
+        };
+        Ok((policy, done))
+    }
+
+    /// A batch of some of the pairs.
+    fn batch(
+        &self,
+        of: &[PreferencePair],
+        pairs: &[usize],
+        model: &Transformer,
+    ) -> CompletionBatch {
+        let pairs = pairs.iter().map(|&index| &of[index]);
+        pair_batch(pairs, model.config().hidden_size, &self.device)
+    }
+
+    /// What the pairs of a split are compared with.
+    fn against(
+        &self,
+        start: &Transformer,
+        pairs: &[PreferencePair],
+        split: &str,
+    ) -> Result<Against, TrainError> {
+        let recipe = &self.recipe.preference;
+        // A loss over whole distributions, or a reference that changes, needs the model itself.
+        let live = recipe.objective.needs().position_kls || recipe.sync_reference.is_some();
+        let logps = if live {
+            None
+        } else {
+            Some(self.reference_logps(start, pairs, split, recipe)?)
+        };
+        let contrast = match &recipe.contrast {
+            None => None,
+            Some(contrast) => {
+                let read = |folder: &Path, side: &str| -> Result<ReferenceLogps, TrainError> {
+                    let model = Transformer::read(folder, &self.device)?;
+                    let expected = start.config().vocab_size;
+                    if model.config().vocab_size != expected {
+                        return Err(TrainError::Recipe {
+                            file: self.recipe.name.clone(),
+                            reason: format!(
+                                "key `preference.contrast.{side}`: expected a model of {expected} tokens, got {} of {}",
+                                folder.display(),
+                                model.config().vocab_size
+                            ),
+                        });
+                    }
+                    let label = format!("logps of the {side} model, {split}");
+                    let size = recipe.eval_batch_size;
+                    Ok(ReferenceLogps::compute(
+                        &model,
+                        pairs,
+                        size,
+                        &self.workers,
+                        &label,
+                    ))
+                };
+                Some((
+                    read(&contrast.positive, "positive")?,
+                    read(&contrast.negative, "negative")?,
+                    contrast.clone(),
                 ))
-            },
-        );
-        let done = done.map_err(|error| error.with_rows(|index| train[index].row))?;
-        Ok((learner.snapshot(), done))
+            }
+        };
+        Ok(Against { logps, contrast })
     }
 
     fn reference_logps(
@@ -469,7 +603,7 @@ impl Run<'_> {
         recipe: &PreferenceRecipe,
     ) -> Result<ReferenceLogps, TrainError> {
         let path = self.logps_path(split);
-        if let Some(logps) = ReferenceLogps::read(&path, &self.digest, pairs.len()) {
+        if let Some(logps) = ReferenceLogps::read(&path, &self.digest, pairs) {
             return Ok(logps);
         }
         if path.exists() {
@@ -477,27 +611,51 @@ impl Run<'_> {
             eprintln!("warning: {path}: damaged; the logps are computed again");
         }
         let label = format!("reference logps, {split}");
-        let logps = ReferenceLogps::compute(
-            reference,
-            pairs,
-            recipe.eval_batch_size,
-            &recipe.objective,
-            &self.workers,
-            &label,
-        );
-        let sides = logps.chosen.iter().zip(&logps.rejected).zip(pairs);
-        for ((chosen, rejected), pair) in sides {
-            if let Some(value) = [chosen, rejected].into_iter().find(|x| !x.is_finite()) {
-                return Err(TrainError::NotFinite {
-                    place: label,
-                    what: "logp",
-                    value: f64::from(*value),
-                    rows: vec![pair.row],
-                });
-            }
+        let key = match &self.cache {
+            Some(_) if !pairs.is_empty() => Some(self.cache_key(pairs, recipe.eval_batch_size)?),
+            _ => None,
+        };
+        let cached = self.cache.as_ref().zip(key.as_deref());
+        if let Some((cache, key)) = cached
+            && let Some(logps) = cache.get(key, pairs)
+        {
+            let path = cache.path(key);
+            eprintln!(
+                "{label}: {} pairs from the cache, {}",
+                pairs.len(),
+                path.display()
+            );
+            logps.write(&self.logps_path(split), &self.digest)?;
+            return Ok(logps);
+        }
+        let size = recipe.eval_batch_size;
+        let logps = ReferenceLogps::compute(reference, pairs, size, &self.workers, &label);
+        if let Some((pair, value)) = logps.not_finite() {
+            return Err(TrainError::NotFinite {
+                place: label,
+                what: "logp",
+                value: f64::from(value),
+                rows: vec![pairs[pair].row.to_string()],
+            });
         }
         logps.write(&path, &self.digest)?;
+        if let Some((cache, key)) = cached
+            && let Err(error) = cache.put(key, &logps)
+        {
+            eprintln!("warning: the cache of reference logps was not written: {error}");
+        }
         Ok(logps)
+    }
+
+    /// The cache's key for some pairs under the reference.
+    fn cache_key(&self, pairs: &[PreferencePair], size: usize) -> Result<String, TrainError> {
+        let model = match (&self.recipe.sft, &self.recipe.model.path) {
+            (Some(_), _) => model_digest(&self.path(names::SFT))?,
+            (None, Some(folder)) => model_digest(folder)?,
+            // A fresh model is a function of these.
+            (None, None) => format!("fresh {} {:?}", self.recipe.seed, self.recipe.model),
+        };
+        Ok(ReferenceCache::key(&model, pairs, size, &self.device_name))
     }
 
     fn logps_path(&self, split: &str) -> PathBuf {
@@ -527,6 +685,7 @@ impl Run<'_> {
             step: position.step,
             n_tokens: position.n_tokens,
             seconds: position.seconds,
+            best: position.best,
         };
         Ok((learner, done))
     }
@@ -582,6 +741,50 @@ impl Run<'_> {
             json!({"sft": lengths(&judged.sft), "dpo": lengths(&judged.dpo)}),
         );
         Ok(judged)
+    }
+}
+
+/// What the pairs of a split are compared with.
+struct Against {
+    /// The reference's logps; none where the model itself is asked.
+    logps: Option<ReferenceLogps>,
+    /// Logps of a model of good completions and of one of bad ones.
+    contrast: Option<(ReferenceLogps, ReferenceLogps, ContrastRecipe)>,
+}
+
+impl Against {
+    /// What some pairs, laid out as `batch`, are compared with.
+    fn compared(
+        &self,
+        pairs: &[usize],
+        batch: &CompletionBatch,
+        reference: &Transformer,
+        device: &Device,
+    ) -> Compared {
+        let reference = match &self.logps {
+            Some(logps) => Reference::Logps(logps.of(pairs, batch, device).into()),
+            None => Reference::Model(Box::new(reference.clone())),
+        };
+        let token_weights = self.contrast.as_ref().map(|(positive, negative, recipe)| {
+            let positive = positive.of(pairs, batch, device);
+            let negative = negative.of(pairs, batch, device);
+            let weights = |positive: &TokenLogps, negative: &TokenLogps, scale: f64| {
+                let contrast = Contrast {
+                    scale,
+                    low: recipe.low,
+                    high: recipe.high,
+                };
+                contrastive_weights(positive, negative, contrast)
+            };
+            PairTable {
+                chosen: weights(&positive.chosen, &negative.chosen, recipe.scale),
+                rejected: weights(&positive.rejected, &negative.rejected, -recipe.scale),
+            }
+        });
+        Compared {
+            reference,
+            token_weights,
+        }
     }
 }
 

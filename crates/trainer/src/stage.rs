@@ -6,13 +6,13 @@ use std::time::Instant;
 use lm::Transformer;
 use serde_json::{Map, Value};
 
-use crate::checkpoint::{self, Position};
+use crate::checkpoint::{self, Best, Position};
 use crate::error::TrainError;
 use crate::learner::{Learner, MicroBatch};
 use crate::metrics::MetricsLog;
-use crate::order::Order;
+use crate::order::{Order, Source};
 use crate::progress::Progress;
-use crate::recipe::{CheckpointRecipe, OptimizerRecipe};
+use crate::recipe::{BestRecipe, CheckpointRecipe, OptimizerRecipe, SyncRecipe};
 
 /// A stage's numbers.
 #[derive(Debug)]
@@ -21,8 +21,10 @@ pub(crate) struct Stage<'a> {
     pub name: &'static str,
     /// What a unit of progress is called.
     pub unit: &'static str,
-    /// Examples to learn from.
-    pub n_examples: usize,
+    /// Examples to learn from, and how often each is seen.
+    pub sources: Vec<Source>,
+    /// Their lengths, where examples of like length are to share a step.
+    pub lengths: Option<Vec<usize>>,
     /// Passes over them.
     pub epochs: f64,
     /// The most steps; 0 sets no limit.
@@ -33,6 +35,10 @@ pub(crate) struct Stage<'a> {
     pub accumulation: usize,
     /// Steps between evaluations; 0 evaluates at both ends alone.
     pub eval_every: usize,
+    /// How the reference follows the policy, if it does.
+    pub sync: Option<&'a SyncRecipe>,
+    /// What the best weights are, and when to stop waiting for better ones.
+    pub best: Option<&'a BestRecipe>,
     /// The optimizer's numbers.
     pub optimizer: &'a OptimizerRecipe,
     /// Seed of the order.
@@ -59,6 +65,18 @@ pub(crate) struct Done {
     pub n_tokens: u64,
     /// Seconds spent.
     pub seconds: f64,
+    /// The best evaluation, where one is looked for.
+    pub best: Option<Best>,
+}
+
+/// What a stage calls upon.
+pub(crate) struct Calls<M, E, R> {
+    /// Makes the loss of some examples, from the model and the reference that follows it.
+    pub micro: M,
+    /// Returns named values to log, or none, from the same and the number of steps.
+    pub evaluate: E,
+    /// Names the row of the data that an example was made of.
+    pub row: R,
 }
 
 impl Stage<'_> {
@@ -73,51 +91,67 @@ impl Stage<'_> {
     }
 
     fn order(&self) -> Order {
-        Order::new(
-            self.n_examples,
-            self.batch_size,
-            self.accumulation,
-            self.seed,
-        )
+        let (batch_size, accumulation) = (self.batch_size, self.accumulation);
+        let order = Order::mixed(self.sources.clone(), batch_size, accumulation, self.seed);
+        match &self.lengths {
+            Some(lengths) => order.grouped_by_length(lengths.clone()),
+            None => order,
+        }
     }
 
-    /// Trains to the end of the stage.
-    ///
-    /// `micro` makes the loss of some examples; `evaluate` returns named values to log, or none.
+    /// Examples that the whole stage sees, repeats counted.
+    pub(crate) fn n_seen(&self, steps: usize) -> usize {
+        let all = (self.epochs * self.order().examples_per_epoch() as f64).ceil() as usize;
+        (steps * self.batch_size * self.accumulation).min(all)
+    }
+
+    /// Whether the stage was left before its last step, for want of better evaluations.
+    pub(crate) fn is_over(&self, done: &Done) -> bool {
+        let stale = || {
+            let patience = self.best?.patience;
+            Some(patience > 0 && done.best.as_ref()?.stale >= patience)
+        };
+        done.step >= self.n_steps() || stale().unwrap_or(false)
+    }
+
+    /// Trains to the end of the stage, or until evaluations get no better.
     ///
     /// # Errors
     ///
     /// A loss that is not a number (the weights are then untouched, and the last checkpoint is
-    /// whole; the error's rows are indices of examples), or any error of the file system.
+    /// whole), or any error of the file system.
     pub(crate) fn run(
         &self,
         learner: &mut Learner,
         mut done: Done,
         log: &mut MetricsLog,
         place: &Place<'_>,
-        micro: impl Fn(&Transformer, &[usize]) -> MicroBatch + Sync,
-        mut evaluate: impl FnMut(&Transformer) -> Result<Map<String, Value>, TrainError>,
+        mut calls: Calls<
+            impl Fn(&Transformer, Option<&Transformer>, &[usize]) -> MicroBatch + Sync,
+            impl FnMut(&Learner, usize) -> Result<Map<String, Value>, TrainError>,
+            impl Fn(usize) -> String,
+        >,
     ) -> Result<Done, TrainError> {
         let mut order = self.order();
         let (n_steps, per_epoch) = (self.n_steps(), order.steps_per_epoch());
-        let per_step = self.batch_size * self.accumulation;
         let mut progress = Progress::new(
             self.name,
             self.unit,
-            (n_steps * per_step).min((self.epochs * self.n_examples as f64).ceil() as usize),
-            done.step * per_step,
+            self.n_seen(n_steps),
+            self.n_seen(done.step),
         );
         let before = done.seconds;
         let began = Instant::now();
         if done.step == 0 {
-            self.log_evaluation(learner, 0, log, &mut evaluate)?;
+            self.log_evaluation(learner, &mut done, log, place, &mut calls.evaluate)?;
         }
-        while done.step < n_steps {
+        while !self.is_over(&done) {
             let batches = order.step(done.step);
             let learning_rate = self.optimizer.learning_rate_at(done.step, n_steps);
             let step_began = Instant::now();
+            let (micro, reference) = (&calls.micro, learner.reference.clone());
             let outcome = learner.step(batches.len(), learning_rate, |model, index| {
-                micro(model, &batches[index])
+                micro(model, reference.as_ref(), &batches[index])
             });
             if !outcome.updated {
                 let (what, value) = if outcome.loss.is_finite() {
@@ -129,10 +163,16 @@ impl Stage<'_> {
                     place: format!("{} step {}", self.name, done.step + 1),
                     what,
                     value,
-                    rows: batches.concat(),
+                    rows: batches.concat().into_iter().map(&calls.row).collect(),
                 });
             }
             done.step += 1;
+            if let Some(sync) = self
+                .sync
+                .filter(|sync| done.step.is_multiple_of(sync.every))
+            {
+                learner.sync_reference(sync.alpha);
+            }
             done.n_tokens += outcome.n_tokens as u64;
             done.seconds = before + began.elapsed().as_secs_f64();
             let examples: usize = batches.iter().map(Vec::len).sum();
@@ -155,25 +195,37 @@ impl Stage<'_> {
             progress.advance(examples, &format!("loss {:.4}", outcome.loss));
             let last = done.step == n_steps;
             if last || (self.eval_every > 0 && done.step.is_multiple_of(self.eval_every)) {
-                self.log_evaluation(learner, done.step, log, &mut evaluate)?;
+                self.log_evaluation(learner, &mut done, log, place, &mut calls.evaluate)?;
             }
             let every = place.saving.every;
-            if last || (every > 0 && done.step.is_multiple_of(every)) {
-                let position = Position {
-                    stage: self.name.to_string(),
-                    step: done.step,
-                    n_tokens: done.n_tokens,
-                    seconds: done.seconds,
-                    optimizer_steps: learner.optimizer.steps(),
-                    recipe: place.recipe.to_string(),
-                };
+            if self.is_over(&done) || (every > 0 && done.step.is_multiple_of(every)) {
                 log.sync()?;
+                let position = self.position(learner, &done, place);
                 checkpoint::save(place.checkpoints, place.saving.keep, learner, &position)?;
             }
         }
         done.seconds = before + began.elapsed().as_secs_f64();
         progress.finish();
+        if done.step < n_steps {
+            let best = done.best.as_ref().map_or(0, |best| best.step);
+            eprintln!(
+                "{}: stopped at step {} of {n_steps}, since no evaluation after step {best} was better",
+                self.name, done.step
+            );
+        }
         Ok(done)
+    }
+
+    fn position(&self, learner: &Learner, done: &Done, place: &Place<'_>) -> Position {
+        Position {
+            stage: self.name.to_string(),
+            step: done.step,
+            n_tokens: done.n_tokens,
+            seconds: done.seconds,
+            optimizer_steps: learner.optimizer.steps(),
+            recipe: place.recipe.to_string(),
+            best: done.best,
+        }
     }
 
     fn line(&self, step: usize) -> Map<String, Value> {
@@ -188,11 +240,13 @@ impl Stage<'_> {
     fn log_evaluation(
         &self,
         learner: &Learner,
-        step: usize,
+        done: &mut Done,
         log: &mut MetricsLog,
-        evaluate: &mut impl FnMut(&Transformer) -> Result<Map<String, Value>, TrainError>,
+        place: &Place<'_>,
+        evaluate: &mut impl FnMut(&Learner, usize) -> Result<Map<String, Value>, TrainError>,
     ) -> Result<(), TrainError> {
-        let values = evaluate(&learner.snapshot())?;
+        let step = done.step;
+        let values = evaluate(learner, step)?;
         if values.is_empty() {
             return Ok(());
         }
@@ -204,6 +258,32 @@ impl Stage<'_> {
                 value: f64::NAN,
                 rows: Vec::new(),
             });
+        }
+        if let Some(recipe) = self.best {
+            let value = values.get(&recipe.metric).and_then(Value::as_f64);
+            let value = value.ok_or_else(|| TrainError::BestMetric {
+                name: recipe.metric.clone(),
+                known: values.keys().cloned().collect::<Vec<_>>().join(", "),
+            })?;
+            let better = done.best.is_none_or(|best| {
+                let gain = if recipe.is_better_when_greater() {
+                    value - best.value
+                } else {
+                    best.value - value
+                };
+                gain > recipe.min_delta
+            });
+            if better {
+                done.best = Some(Best {
+                    step,
+                    value,
+                    stale: 0,
+                });
+                let position = self.position(learner, done, place);
+                checkpoint::save_best(place.checkpoints, learner, &position)?;
+            } else if let Some(best) = &mut done.best {
+                best.stale += 1;
+            }
         }
         let mut line = self.line(step);
         line.extend(values);

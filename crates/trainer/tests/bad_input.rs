@@ -576,7 +576,7 @@ fn a_full_disk_is_an_error_that_leaves_only_whole_files_and_can_be_resumed() {
     assert!(model < optimizer);
     for (limit, every, part) in [
         // A log that cannot grow, and a checkpoint that cannot be finished.
-        (log / 4, "every = 0", "metrics.jsonl: "),
+        (log / 8, "every = 0", "metrics.jsonl: "),
         (optimizer - 1024, "every = 5", "checkpoints/sft-000005: "),
     ] {
         let recipe = write(folder.path(), "tiny.toml", TINY.replace("every = 5", every));

@@ -73,6 +73,7 @@ fn a_run_on_the_embedded_task_leaves_every_file_that_is_promised() {
             "report.html",
             "sft",
             "summary.json",
+            "tensorboard",
         ]
     );
     assert_model(&out.join("model"));

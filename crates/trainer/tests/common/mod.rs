@@ -53,6 +53,8 @@ keep = 2
 pub(crate) fn r2q() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_r2q"));
     command.stdin(Stdio::null());
+    // A test that wants the cache of reference logps names a folder for it.
+    command.env("R2Q_CACHE_DIR", "");
     command
 }
 

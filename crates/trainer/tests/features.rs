@@ -1,0 +1,395 @@
+//! What a recipe can ask for beyond the plain run: each does what it says, and survives a resume.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests unwrap as tests do")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::{
+    TINY, fail, metrics, model_folder, names, r2q, succeed, summary, testdata, train, write,
+};
+use dpo_loss::Objective;
+use lm::weights::WeightFiles;
+use serde_json::Value;
+use trainer::{ModelRecipe, Recipe, TaskRecipe};
+
+/// A folder for a test, and the tiny recipe with some lines put in place of others.
+fn place(changes: &[(&str, &str)]) -> (tempfile::TempDir, PathBuf, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut text = TINY.to_string();
+    for (from, to) in changes {
+        assert!(text.contains(from), "{from}");
+        text = text.replace(from, to);
+    }
+    let recipe = write(folder.path(), "tiny.toml", text);
+    let out = folder.path().join("run");
+    (folder, recipe, out)
+}
+
+/// The tiny recipe with more keys in its preference table.
+fn with(keys: &str) -> (tempfile::TempDir, PathBuf, PathBuf) {
+    place(&[("[preference]", &format!("[preference]\n{keys}"))])
+}
+
+/// The bytes of a run's final weights.
+fn weights(run: &Path) -> Vec<u8> {
+    std::fs::read(run.join("model/model.safetensors")).unwrap()
+}
+
+/// Puts a finished run back to its checkpoint of some step, and resumes it.
+fn again_from(recipe: &Path, run: &Path, step: usize) -> String {
+    for name in names(&run.join("checkpoints")) {
+        let later = name
+            .strip_prefix("preference-")
+            .and_then(|step| step.parse::<usize>().ok())
+            .is_some_and(|at| at > step);
+        if later {
+            std::fs::remove_dir_all(run.join("checkpoints").join(name)).unwrap();
+        }
+    }
+    std::fs::remove_dir_all(run.join("model")).unwrap();
+    let said = succeed(train(recipe, run).arg("--resume"));
+    assert!(said.contains(&format!("preference-{step:06}")), "{said}");
+    said
+}
+
+#[test]
+fn a_second_run_takes_the_reference_logps_from_the_cache() {
+    let (folder, recipe, out) = place(&[]);
+    let cache = folder.path().join("cache");
+    let run = |name: &str, extra: &[&str]| {
+        let out = folder.path().join(name);
+        let mut command = train(&recipe, &out);
+        let said = succeed(command.env("R2Q_CACHE_DIR", &cache).args(extra));
+        (said, out)
+    };
+    let (first, one) = run("one", &[]);
+    let (second, two) = run("two", &[]);
+    assert!(!first.contains("from the cache"), "{first}");
+    for split in ["train", "eval"] {
+        let line = format!("reference logps, {split}: ");
+        let line = second.lines().find(|l| l.starts_with(&line)).unwrap();
+        assert!(line.contains("from the cache"), "{second}");
+    }
+    assert_eq!(weights(&one), weights(&two));
+    // Without the cache the same comes out: it changes the time and nothing else.
+    let (without, three) = run("three", &["--no-cache"]);
+    assert!(!without.contains("from the cache"), "{without}");
+    assert_eq!(weights(&one), weights(&three));
+    // Another seed is another model and other rows.
+    let (other, _) = run("four", &["--seed", "4"]);
+    assert!(!other.contains("from the cache"), "{other}");
+    // A damaged file is passed over.
+    for name in names(&cache) {
+        let path = cache.join(name);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let last = bytes.len() - 1;
+        bytes[last] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+    }
+    let (damaged, five) = run("five", &[]);
+    assert!(!damaged.contains("from the cache"), "{damaged}");
+    assert_eq!(weights(&one), weights(&five));
+    assert!(!out.exists());
+}
+
+#[test]
+fn a_changed_row_or_weight_is_not_found_in_the_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let cache = folder.path().join("cache");
+    let model = model_folder(folder.path(), "llama_tied");
+    let text = std::fs::read_to_string(testdata("trl/pairs.jsonl")).unwrap();
+    let run = |name: &str, model: &Path, text: &str| {
+        let data = write(folder.path(), &format!("{name}.jsonl"), text);
+        let out = folder.path().join(name);
+        let mut command = common::train_on(model, &data, &out);
+        succeed(command.env("R2Q_CACHE_DIR", &cache)).contains("from the cache")
+    };
+    assert!(!run("first", &model, &text));
+    assert!(run("again", &model, &text));
+    let fewer: Vec<&str> = text.lines().skip(1).collect();
+    assert!(!run("fewer", &model, &fewer.join("\n")));
+    let trained = folder.path().join("first/model");
+    assert!(!run("trained", &trained, &text));
+}
+
+#[test]
+fn every_loss_trains_from_a_recipe() {
+    for objective in Objective::ALL {
+        if objective == Objective::Step {
+            continue;
+        }
+        let name = objective.name();
+        let mut keys = format!("max_steps = 2\nobjective = {{ loss = \"{name}\"");
+        if objective == Objective::ExoPair {
+            keys += ", label_smoothing = 1e-3";
+        }
+        keys += " }";
+        let (folder, recipe, out) = place(&[
+            ("sft_examples = 96", "sft_examples = 4"),
+            ("[preference]", &format!("[preference]\n{keys}")),
+        ]);
+        if objective == Objective::TokenWeighted {
+            let said = fail(&mut train(&recipe, &out));
+            assert!(said.contains("[preference.contrast]"), "{said}");
+            let first = folder.path().join("first");
+            succeed(&mut train(&place(&[]).1, &first));
+            let contrast = format!(
+                "[preference.contrast]\npositive = {:?}\nnegative = {:?}\n\n[preference.optimizer]",
+                first.join("model"),
+                first.join("sft"),
+            );
+            let text = std::fs::read_to_string(&recipe).unwrap();
+            let text = text.replace("[preference.optimizer]", &contrast);
+            std::fs::write(&recipe, text).unwrap();
+        }
+        succeed(&mut train(&recipe, &out));
+        let lines = metrics(&out);
+        let losses: Vec<f64> = lines
+            .iter()
+            .filter(|line| line["stage"] == "preference")
+            .filter_map(|line| line.get("loss")?.as_f64())
+            .collect();
+        assert_eq!(losses.len(), 2, "{name}");
+        assert!(losses.iter().all(|loss| loss.is_finite()), "{name}");
+    }
+}
+
+#[test]
+fn a_loss_of_steps_is_refused_with_what_to_do_instead() {
+    let (_folder, recipe, out) = with("objective = { loss = \"step\" }");
+    let said = fail(&mut train(&recipe, &out));
+    assert!(said.contains("shared steps into the prompt"), "{said}");
+}
+
+#[test]
+fn weighting_and_length_desensitising_change_what_is_learnt() {
+    let plain = with("max_steps = 4");
+    succeed(&mut train(&plain.1, &plain.2));
+    for option in ["use_weighting = true", "ld_alpha = 0.3"] {
+        let (_folder, recipe, out) = with(&format!(
+            "max_steps = 4\nobjective = {{ loss = \"sigmoid\", {option} }}"
+        ));
+        succeed(&mut train(&recipe, &out));
+        assert_ne!(weights(&out), weights(&plain.2), "{option}");
+    }
+}
+
+#[test]
+fn a_reference_that_follows_the_policy_starts_margins_anew_and_survives_a_resume() {
+    let keys = "sync_reference = { alpha = 1.0, every = 5 }";
+    let (_folder, recipe, out) = with(keys);
+    succeed(&mut train(&recipe, &out));
+    let margin = |step: u64| -> f64 {
+        let lines = metrics(&out);
+        let line = lines.iter().find(|line| {
+            line["stage"] == "preference" && line["step"] == step && line.contains_key("loss")
+        });
+        line.unwrap()["rewards/margins"].as_f64().unwrap()
+    };
+    // With alpha 1 the reference is the policy itself at the step after each change.
+    for step in [1, 6, 11, 16] {
+        assert!(margin(step).abs() < 1e-4, "step {step}: {}", margin(step));
+    }
+    assert!(margin(5).abs() > 1e-3, "{}", margin(5));
+    let whole = weights(&out);
+    again_from(&recipe, &out, 15);
+    assert_eq!(weights(&out), whole);
+}
+
+#[test]
+fn the_best_weights_are_kept_and_a_stage_without_progress_is_left() {
+    // So large a rate that held-out pairs soon get worse.
+    let changes = [
+        (
+            "learning_rate = 1e-3\nwarmup_steps = 3",
+            "learning_rate = 0.05",
+        ),
+        (
+            "eval_every = 8",
+            "eval_every = 2\nbest = { metric = \"eval_loss\", patience = 2 }",
+        ),
+        ("keep = 2", "keep = 20"),
+        ("every = 5", "every = 2"),
+    ];
+    let (_folder, recipe, out) = place(&changes);
+    let said = succeed(&mut train(&recipe, &out));
+    assert!(said.contains("stopped at step"), "{said}");
+    let lines = metrics(&out);
+    let evaluations: Vec<(u64, f64)> = lines
+        .iter()
+        .filter_map(|line| Some((line["step"].as_u64()?, line.get("eval_loss")?.as_f64()?)))
+        .collect();
+    let best = evaluations
+        .iter()
+        .min_by(|a, b| a.1.total_cmp(&b.1))
+        .unwrap();
+    let last = evaluations.last().unwrap();
+    assert_eq!(summary(&out)["best_step"], best.0);
+    assert_eq!(last.0, best.0 + 4, "two evaluations of patience");
+    let kept = out.join("checkpoints/preference-best/model.safetensors");
+    assert_eq!(
+        tensors(&out.join("model/model.safetensors")),
+        tensors(&kept)
+    );
+    let whole = weights(&out);
+    // Over is over, also for a resumed run; and an earlier checkpoint leads to the same end.
+    std::fs::remove_dir_all(out.join("model")).unwrap();
+    succeed(train(&recipe, &out).arg("--resume"));
+    assert_eq!(weights(&out), whole);
+    again_from(&recipe, &out, 2);
+    assert_eq!(weights(&out), whole);
+}
+
+/// Every tensor of a file, by name.
+fn tensors(path: &Path) -> Vec<(String, Vec<f32>)> {
+    let files = WeightFiles::open_file(path).unwrap();
+    let mut names = files.names();
+    names.sort_unstable();
+    names
+        .into_iter()
+        .map(|name| (name.to_string(), files.read_any(name).unwrap().values))
+        .collect()
+}
+
+#[test]
+fn a_metric_that_no_evaluation_has_is_refused_by_name() {
+    let (_folder, recipe, out) = with("best = { metric = \"eval_los\" }");
+    let said = fail(&mut train(&recipe, &out));
+    assert!(
+        said.contains("eval_los`") && said.contains("eval_loss"),
+        "{said}"
+    );
+}
+
+#[test]
+fn several_files_are_mixed_by_weight_and_named_in_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_folder(folder.path(), "llama_tied");
+    let text = std::fs::read_to_string(testdata("trl/pairs.jsonl")).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let (few, rest) = lines.split_at(4);
+    let one = write(folder.path(), "few.jsonl", few.join("\n"));
+    let two = write(folder.path(), "rest.jsonl", rest.join("\n"));
+    let recipe = |rate: f64| {
+        format!(
+            "name = \"mixed\"\n[model]\npath = {model:?}\n[data]\nmax_length = 64\n\
+             train = [{{ path = {one:?}, weight = 2.0 }}, {{ path = {two:?}, weight = 0.5 }}]\n\
+             [preference]\nbatch_size = 1\ngroup_by_length = true\n\
+             [preference.optimizer]\nlearning_rate = {rate:e}\nmax_grad_norm = 0.0\n"
+        )
+    };
+    let path = write(folder.path(), "mixed.toml", recipe(1e-4));
+    let out = folder.path().join("run");
+    succeed(&mut train(&path, &out));
+    let steps = metrics(&out)
+        .iter()
+        .filter(|line| line.contains_key("loss"))
+        .count();
+    let half = (0.5 * rest.len() as f64).round() as usize;
+    assert_eq!(steps, 2 * few.len() + half);
+    // A rate that ends in infinities names the row with its file.
+    let path = write(folder.path(), "bad.toml", recipe(1e30));
+    let said = fail(&mut train(&path, &folder.path().join("bad")));
+    assert!(
+        said.contains("few.jsonl ") || said.contains("rest.jsonl "),
+        "{said}"
+    );
+}
+
+#[test]
+fn an_event_file_for_tensorboard_lies_beside_the_metrics() {
+    let (_folder, recipe, out) = place(&[]);
+    succeed(&mut train(&recipe, &out));
+    let bytes = std::fs::read(out.join("tensorboard/events.out.tfevents.0.r2q")).unwrap();
+    // Every record's length leads to the next, and the last ends with the file.
+    let (mut at, mut records) = (0, 0);
+    while at < bytes.len() {
+        let length = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        at += 8 + 4 + length as usize + 4;
+        records += 1;
+    }
+    assert_eq!(at, bytes.len());
+    assert_eq!(records, metrics(&out).len() + 1);
+}
+
+#[test]
+fn what_the_view_of_tokens_adds_is_logged() {
+    let (_folder, recipe, out) = place(&[]);
+    succeed(&mut train(&recipe, &out));
+    let lines = metrics(&out);
+    let step = |number: u64| {
+        lines
+            .iter()
+            .find(|line| {
+                line["stage"] == "preference" && line["step"] == number && line.contains_key("loss")
+            })
+            .unwrap()
+    };
+    let value = |number: u64, name: &str| step(number)[name].as_f64().unwrap();
+    for name in [
+        "kl_estimate/policy_reference",
+        "kl_estimate/reference_policy",
+    ] {
+        assert!(
+            value(1, name).abs() < 1e-6,
+            "policy and reference are one at first"
+        );
+        assert!(value(20, name) > 1e-6);
+    }
+    // At the start every token is pushed by beta / 2, so that masses go by tokens not yet known.
+    let beta = 0.1;
+    for side in ["chosen", "rejected"] {
+        let mass = value(1, &format!("grad_mass/{side}"));
+        let most = 2.0 * (beta / 2.0) * value(1, &format!("length/{side}"));
+        assert!(
+            mass > 0.5 * most && mass <= most,
+            "{side}: {mass} of {most}"
+        );
+    }
+    let exact = lines
+        .iter()
+        .rev()
+        .find_map(|line| line.get("eval_kl/reference_policy").and_then(Value::as_f64));
+    assert!(exact.unwrap() > 0.0);
+}
+
+#[test]
+fn every_recipe_of_the_repository_runs_at_tiny_scale() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../recipes");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|kind| kind != "toml") {
+            continue;
+        }
+        let mut recipe = Recipe::read(&path).unwrap();
+        recipe.model = ModelRecipe {
+            hidden_size: 16,
+            intermediate_size: 16,
+            layers: 1,
+            heads: 2,
+            kv_heads: 2,
+            ..recipe.model
+        };
+        if let Some(task) = &mut recipe.task {
+            *task = TaskRecipe {
+                sft_examples: 32,
+                train_pairs: 16,
+                eval_pairs: 8,
+                eval_prompts: 4,
+                ..task.clone()
+            };
+        }
+        recipe.preference.max_steps = 2;
+        let tiny = tempfile::tempdir().unwrap();
+        let file = write(tiny.path(), "tiny.toml", recipe.to_toml().unwrap());
+        let out = tiny.path().join("run");
+        succeed(&mut train(&file, &out));
+        assert!(out.join("report.html").is_file(), "{}", path.display());
+        seen += 1;
+    }
+    assert!(seen > 0);
+    let _ = r2q();
+}
