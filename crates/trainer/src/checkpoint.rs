@@ -6,10 +6,9 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::Device;
-use lm::Transformer;
 use lm::files::{write_atomically, write_folder_atomically};
 use lm::weights::{HostTensor, SINGLE_FILE, WeightFiles, write_safetensors};
+use lm::{AdapterFolder, Transformer};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -101,7 +100,7 @@ pub fn best_path(folder: &Path, stage: &str) -> PathBuf {
 
 fn write(path: &Path, learner: &Learner, position: &Position) -> Result<(), TrainError> {
     write_folder_atomically(path, |inner| -> Result<(), CheckpointIo> {
-        learner.snapshot().write(inner)?;
+        write_weights(&learner.snapshot(), inner, None)?;
         write_safetensors(
             &inner.join(OPTIMIZER),
             &learner.optimizer.to_host(),
@@ -158,7 +157,34 @@ pub fn newest(folder: &Path, stage: &str, recipe: &str) -> Result<Newest, TrainE
     Ok(newest)
 }
 
-/// Reads a checkpoint that [`newest`] has found whole.
+/// Writes a model's weights into a folder: its adapters, if it has any, and else all of it.
+pub(crate) fn write_weights(
+    model: &Transformer,
+    folder: &Path,
+    base: Option<&str>,
+) -> Result<(), lm::LmError> {
+    match model.lora_config() {
+        Some(_) => model.write_adapter(folder, base),
+        None => model.write(folder),
+    }
+}
+
+/// The model of a checkpoint that [`newest`] has found whole; `base` lies beneath its adapters, if
+/// it holds adapters.
+///
+/// # Errors
+///
+/// Any error of the file system, or a checkpoint of another kind of model.
+pub fn read_weights(path: &Path, base: &Transformer) -> Result<Transformer, TrainError> {
+    Ok(if AdapterFolder::is_one(path) {
+        base.clone().read_adapter(path)?
+    } else {
+        Transformer::read(path, &base.device())?
+    })
+}
+
+/// Goes on with a checkpoint that [`newest`] has found whole; `model` is that of
+/// [`read_weights`].
 ///
 /// # Errors
 ///
@@ -166,23 +192,23 @@ pub fn newest(folder: &Path, stage: &str, recipe: &str) -> Result<Newest, TrainE
 pub fn load(
     path: &Path,
     position: &Position,
+    model: Transformer,
     mut optimizer: AdamW,
-    device: &Device,
 ) -> Result<Learner, TrainError> {
-    let model = Transformer::read(path, device)?;
+    let device = model.device();
     let files = WeightFiles::open_file(&path.join(OPTIMIZER))?;
     let tensors = files
         .names()
         .into_iter()
         .map(|name| Ok((name.to_string(), files.read_any(name)?)))
         .collect::<Result<BTreeMap<String, HostTensor>, lm::LmError>>()?;
-    optimizer.restore(position.optimizer_steps, tensors, device);
+    optimizer.restore(position.optimizer_steps, tensors, &device);
     let config = model.config().clone();
     let mut learner = Learner::new(model, optimizer);
     let reference = path.join(REFERENCE);
     if reference.is_file() {
         let files = WeightFiles::open_file(&reference)?;
-        learner.reference = Some(Transformer::from_files(config, &files, device)?);
+        learner.reference = Some(Transformer::from_files(config, &files, &device)?);
     }
     Ok(learner)
 }
@@ -283,7 +309,12 @@ pub fn forget(folder: &Path, stage: &str) -> Result<(), TrainError> {
 fn verify(path: &Path) -> Result<Position, TrainError> {
     verify_files(path)?;
     // A manifest that lists too little would vouch for nothing.
-    for name in [POSITION, OPTIMIZER, "config.json", SINGLE_FILE] {
+    let model = if path.join("adapter_config.json").is_file() {
+        ["adapter_config.json", "adapter_model.safetensors"]
+    } else {
+        ["config.json", SINGLE_FILE]
+    };
+    for name in [POSITION, OPTIMIZER].into_iter().chain(model) {
         if !path.join(name).is_file() {
             return Err(TrainError::checkpoint(path, format!("damaged: no {name}")));
         }

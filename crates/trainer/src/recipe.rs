@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use dpo_loss::{Beta, Objectives};
+use lm::LoraConfig;
 use lm::data::{Boundary, EmptyCompletions, Treatment};
 use memo_task::MemoConfig;
 use serde::{Deserialize, Serialize};
@@ -85,6 +86,8 @@ pub struct LoraRecipe {
     pub rank: usize,
     /// The adapters' outputs are multiplied by `alpha / rank`.
     pub alpha: f64,
+    /// Whether they are multiplied by `alpha / sqrt(rank)` instead: rsLoRA, arXiv 2312.03732.
+    pub rank_stabilized: bool,
     /// The matrices that get one, by the last part of their Hugging Face names, or `all-linear`.
     pub targets: Vec<String>,
 }
@@ -337,7 +340,19 @@ impl Default for LoraRecipe {
         Self {
             rank: 16,
             alpha: 32.0,
+            rank_stabilized: false,
             targets: vec!["all-linear".into()],
+        }
+    }
+}
+
+impl From<&LoraRecipe> for LoraConfig {
+    fn from(recipe: &LoraRecipe) -> Self {
+        Self {
+            rank: recipe.rank,
+            alpha: recipe.alpha,
+            rank_stabilized: recipe.rank_stabilized,
+            targets: recipe.targets.clone(),
         }
     }
 }

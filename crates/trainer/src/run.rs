@@ -118,6 +118,7 @@ mod names {
     pub(super) const SUMMARY: &str = "summary.json";
     pub(super) const REPORT: &str = "report.html";
     pub(super) const MODEL: &str = "model";
+    pub(super) const ADAPTER: &str = "adapter";
     pub(super) const SFT: &str = "sft";
     pub(super) const CHECKPOINTS: &str = "checkpoints";
 }
@@ -279,12 +280,17 @@ impl Run<'_> {
     fn finish(&self, options: &RunOptions, resolved: &str) -> Result<Finished, TrainError> {
         let reference = self.fine_tune()?;
         let (policy, done) = self.prefer(&reference)?;
-        write_model(
-            &self.path(names::MODEL),
-            &policy,
-            &self.prepared.tokenizer,
-            false,
-        )?;
+        let tokenizer = &self.prepared.tokenizer;
+        if policy.lora_config().is_some() {
+            let base = self.recipe.model.path.as_deref().map(Path::to_string_lossy);
+            write_adapter(
+                &self.path(names::ADAPTER),
+                &policy,
+                tokenizer,
+                base.as_deref(),
+            )?;
+        }
+        write_model(&self.path(names::MODEL), &policy.merge(), tokenizer, false)?;
 
         let mut summary = Map::new();
         let lines = crate::metrics::read(&self.path(names::METRICS))?;
@@ -401,7 +407,12 @@ impl Run<'_> {
             seed: self.recipe.seed,
         };
         let optimizer = AdamW::new(&sft.optimizer);
-        let (mut learner, done) = self.begin(&stage, self.prepared.model.clone(), optimizer)?;
+        let (mut learner, done) = self.begin(
+            &stage,
+            &self.prepared.model,
+            self.prepared.model.clone(),
+            optimizer,
+        )?;
         let mut log = self.log(|at, step| at == stage.name && step <= done.step)?;
         let checkpoints = self.path(names::CHECKPOINTS);
         let (examples, device) = (&self.prepared.sft, &self.device);
@@ -458,8 +469,12 @@ impl Run<'_> {
         let train_against = self.against(start, train, TRAIN)?;
         let eval_against = self.against(start, eval, EVAL)?;
         let stage = self.preference_stage();
+        let policy = match &self.recipe.lora {
+            Some(lora) => start.clone().with_lora(&lora.into(), self.recipe.seed)?,
+            None => start.clone(),
+        };
         let optimizer = AdamW::new(&recipe.optimizer);
-        let (mut learner, done) = self.begin(&stage, start.clone(), optimizer)?;
+        let (mut learner, done) = self.begin(&stage, start, policy, optimizer)?;
         if recipe.sync_reference.is_some() && learner.reference.is_none() {
             learner.reference = Some(start.clone());
         }
@@ -526,7 +541,7 @@ impl Run<'_> {
                 let path = checkpoint::best_path(&checkpoints, stage.name);
                 checkpoint::verify_files(&path)?;
                 eprintln!("{PREFERENCE}: taking the weights of step {}", best.step);
-                Transformer::read(&path, &self.device)?
+                checkpoint::read_weights(&path, start)?
             }
             _ => learner.snapshot(),
         };
@@ -666,6 +681,7 @@ impl Run<'_> {
     fn begin(
         &self,
         stage: &Stage<'_>,
+        base: &Transformer,
         model: Transformer,
         optimizer: AdamW,
     ) -> Result<(Learner, Done), TrainError> {
@@ -679,7 +695,8 @@ impl Run<'_> {
             return Ok((learner, Done::default()));
         };
         eprintln!("resuming from {}", path.display());
-        let learner = checkpoint::load(&path, &position, optimizer, &self.device)?
+        let model = checkpoint::read_weights(&path, base)?;
+        let learner = checkpoint::load(&path, &position, model, optimizer)?
             .with_workers(self.workers.clone());
         let done = Done {
             step: position.step,
@@ -797,7 +814,7 @@ fn write_model(
     tokenizer: &Tokenizer,
     manifest: bool,
 ) -> Result<(), TrainError> {
-    write_folder_atomically(path, |inner| -> Result<(), ModelIo> {
+    write_whole(path, |inner| {
         tokenizer.save(inner)?;
         model.write(inner)?;
         if manifest {
@@ -805,7 +822,28 @@ fn write_model(
         }
         Ok(())
     })
-    .map_err(|error| match error {
+}
+
+/// Writes a PEFT folder, adapters and tokenizer, whole or not at all; `base` is the folder of the
+/// model beneath.
+fn write_adapter(
+    path: &Path,
+    model: &Transformer,
+    tokenizer: &Tokenizer,
+    base: Option<&str>,
+) -> Result<(), TrainError> {
+    write_whole(path, |inner| {
+        tokenizer.save(inner)?;
+        model.write_adapter(inner, base)?;
+        Ok(())
+    })
+}
+
+fn write_whole(
+    path: &Path,
+    fill: impl FnOnce(&Path) -> Result<(), ModelIo>,
+) -> Result<(), TrainError> {
+    write_folder_atomically(path, fill).map_err(|error| match error {
         // The name under which it was being filled would tell nobody anything.
         ModelIo::Io(source)
         | ModelIo::Model(lm::LmError::Io { source, .. })

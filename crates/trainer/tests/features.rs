@@ -7,7 +7,7 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use common::{
-    TINY, fail, metrics, model_folder, names, r2q, succeed, summary, testdata, train, write,
+    TINY, fail, metrics, model_folder, names, succeed, summary, testdata, train, write,
 };
 use dpo_loss::Objective;
 use lm::weights::WeightFiles;
@@ -299,6 +299,47 @@ fn several_files_are_mixed_by_weight_and_named_in_errors() {
 }
 
 #[test]
+fn adapters_are_trained_alone_written_for_peft_and_merged_and_survive_a_resume() {
+    let lora =
+        "[lora]\nrank = 2\nalpha = 4.0\ntargets = [\"q_proj\", \"down_proj\"]\n\n[preference]";
+    // Two workers: a model is then copied for each of them.
+    let (_folder, recipe, out) = place(&[
+        ("[preference]", lora),
+        ("seed = 3", "seed = 3\nworkers = 2"),
+        ("batch_size = 4", "batch_size = 2\naccumulation = 2"),
+        ("learning_rate = 1e-3", "learning_rate = 2e-2"),
+    ]);
+    succeed(&mut train(&recipe, &out));
+    let adapter = names(&out.join("adapter"));
+    for file in [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+    ] {
+        assert!(adapter.contains(&file.to_string()), "{adapter:?}");
+    }
+    // The model is the fine-tuned one but for the targets.
+    let before = tensors(&out.join("sft/model.safetensors"));
+    let after = tensors(&out.join("model/model.safetensors"));
+    for ((name, before), (same, after)) in before.iter().zip(&after) {
+        assert_eq!(name, same);
+        let target = name.contains("q_proj") || name.contains("down_proj");
+        assert_eq!(before != after, target, "{name}");
+    }
+    let margins: Vec<f64> = metrics(&out)
+        .iter()
+        .filter_map(|line| line.get("rewards/margins")?.as_f64())
+        .collect();
+    assert!(margins[0].abs() < 1e-5 && margins.last().unwrap().abs() > 1e-4);
+    let whole = weights(&out);
+    let bytes = |run: &Path| std::fs::read(run.join("adapter/adapter_model.safetensors")).unwrap();
+    let adapter = bytes(&out);
+    again_from(&recipe, &out, 15);
+    assert_eq!(weights(&out), whole);
+    assert_eq!(bytes(&out), adapter);
+}
+
+#[test]
 fn an_event_file_for_tensorboard_lies_beside_the_metrics() {
     let (_folder, recipe, out) = place(&[]);
     succeed(&mut train(&recipe, &out));
@@ -391,5 +432,4 @@ fn every_recipe_of_the_repository_runs_at_tiny_scale() {
         seen += 1;
     }
     assert!(seen > 0);
-    let _ = r2q();
 }
