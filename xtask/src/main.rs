@@ -18,10 +18,21 @@ use anyhow::{Context, bail};
 type Described = (&'static str, &'static str);
 
 /// Commands of the `r2q` program.
-const PROGRAM: [Described; 1] = [(
-    "train",
-    "train a policy from preferences; with no arguments, on the embedded memo task",
-)];
+const PROGRAM: [Described; 4] = [
+    (
+        "train",
+        "train a policy from preferences; with no arguments, on the embedded memo task",
+    ),
+    ("sample", "sample completions of prompts from a policy"),
+    (
+        "prefer",
+        "make a preference file of sampled completions, by a reward or a judge",
+    ),
+    (
+        "eval",
+        "compare two policies by a judge: win rate with intervals",
+    ),
+];
 
 /// Commands of this program.
 const CHORES: [Described; 3] = [

@@ -31,6 +31,27 @@ pub enum TrainError {
     /// Preference data.
     #[error(transparent)]
     Data(#[from] lm::data::DataError),
+    /// A reward or a judge.
+    #[error(transparent)]
+    Judge(#[from] judge::JudgeError),
+    /// A policy's folder, or what it is to be asked.
+    #[error("{path}: {reason}")]
+    Policy {
+        /// The folder or file.
+        path: PathBuf,
+        /// What was expected and what came.
+        reason: String,
+    },
+    /// A prompt that cannot be encoded.
+    #[error("{path} row {row}, from 0: {reason}")]
+    Prompt {
+        /// The file.
+        path: PathBuf,
+        /// The row.
+        row: usize,
+        /// What was expected and what came.
+        reason: String,
+    },
     /// The embedded task.
     #[error(transparent)]
     Task(#[from] memo_task::MemoError),

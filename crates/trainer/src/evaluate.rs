@@ -197,7 +197,7 @@ pub fn divergences(
     })
 }
 
-/// One completion of each prompt, drawn from the policy at temperature 1.
+/// One completion of each prompt, drawn from the policy, of at most so many tokens.
 ///
 /// # Errors
 ///
@@ -205,7 +205,7 @@ pub fn divergences(
 pub fn sample_completions<P: AsRef<[u32]> + Sync>(
     policy: &Transformer,
     prompts: &[P],
-    max_new_tokens: usize,
+    (max_new_tokens, sampling): (usize, &Sampling),
     eos_ids: &[u32],
     seed: u64,
     workers: &Workers,
@@ -219,7 +219,7 @@ pub fn sample_completions<P: AsRef<[u32]> + Sync>(
         let options = Generate {
             max_new_tokens,
             eos_ids: eos_ids.to_vec(),
-            decoding: Decoding::Sample(Sampling::default()),
+            decoding: Decoding::Sample(sampling.clone()),
             seed: seed.wrapping_mul(0x9e37_79b9).wrapping_add(index as u64),
         };
         let completions = policy.generate(chunks[index], &options);

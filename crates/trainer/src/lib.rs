@@ -36,8 +36,8 @@ mod progress;
 mod recipe;
 pub mod reference;
 mod run;
+mod sampling;
 mod stage;
-mod statistics;
 mod tensorboard;
 mod workers;
 
@@ -52,11 +52,12 @@ pub use optimizer::{AdamW, FlatGradients};
 pub use order::{Order, Source};
 pub use page::Judged;
 pub use prepare::{Prepared, PreparedTask, prepare};
+pub use progress::Progress;
 pub use recipe::{
     BestRecipe, CheckpointRecipe, ContrastRecipe, DataRecipe, LoraRecipe, ModelRecipe,
     OptimizerRecipe, PreferenceRecipe, Recipe, Schedule, SftRecipe, SourceRecipe, Sources,
     SyncRecipe, TaskRecipe,
 };
 pub use run::{Finished, RunOptions, train};
-pub use statistics::Estimate;
+pub use sampling::{Policy, PromptSource, Prompts, SampleOptions, sample_prompts};
 pub use workers::Workers;

@@ -1,5 +1,7 @@
 //! The r2q program: `cargo xtask train` hands over to it.
 
+mod cli;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -28,6 +30,12 @@ enum Command {
     /// fine-tuning and DPO to a report. With --model and --data: a preference stage on a Hugging
     /// Face folder and a preference file.
     Train(TrainArgs),
+    /// Sample completions of prompts from a policy.
+    Sample(cli::SampleArgs),
+    /// Make a preference file of several completions of each prompt, by a reward or a judge.
+    Prefer(cli::PreferArgs),
+    /// Let a judge compare two policies: win rate, intervals, and the same at equal length.
+    Eval(cli::EvalArgs),
 }
 
 #[derive(Debug, Args)]
@@ -112,6 +120,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
         Command::Train(args) => run_train(&args),
+        Command::Sample(args) => args.run(),
+        Command::Prefer(args) => args.run(),
+        Command::Eval(args) => args.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

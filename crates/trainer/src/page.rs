@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use lm::Transformer;
+use judge::Estimate;
+use lm::{Sampling, Transformer};
 use report::{
     Card, OutcomeRow, Plot, ReferenceLine, Sample, SampleCompletion, Series, Token, TrainingReport,
 };
@@ -12,7 +13,6 @@ use crate::error::TrainError;
 use crate::evaluate::{read_completion, sample_completions};
 use crate::prepare::Prepared;
 use crate::recipe::Recipe;
-use crate::statistics::Estimate;
 use crate::workers::Workers;
 
 /// How many prompts the report shows completions of.
@@ -397,7 +397,7 @@ fn samples(
     let drawn = sample_completions(
         policy,
         &prompts,
-        SAMPLE_TOKENS,
+        (SAMPLE_TOKENS, &Sampling::default()),
         eos,
         recipe.seed,
         &Workers::new(recipe.workers),

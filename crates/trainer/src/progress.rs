@@ -10,7 +10,7 @@ const LINE_INTERVAL: Duration = Duration::from_secs(15);
 
 /// The progress of one stage.
 #[derive(Debug)]
-pub(crate) struct Progress {
+pub struct Progress {
     label: String,
     unit: &'static str,
     total: usize,
@@ -22,7 +22,7 @@ pub(crate) struct Progress {
 
 impl Progress {
     /// Begins a stage of `total` units, of which `done` were done in an earlier session.
-    pub(crate) fn new(label: &str, unit: &'static str, total: usize, done: usize) -> Self {
+    pub fn new(label: &str, unit: &'static str, total: usize, done: usize) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(total as u64);
             let template = "{prefix:24} [{bar:30}] {pos}/{len} {msg} ETA {eta}";
@@ -49,7 +49,7 @@ impl Progress {
     }
 
     /// Counts `n` units more; `note` stands beside the rate.
-    pub(crate) fn advance(&mut self, n: usize, note: &str) {
+    pub fn advance(&mut self, n: usize, note: &str) {
         self.done += n;
         let seconds = self.began.elapsed().as_secs_f64();
         let rate = self.done as f64 / seconds.max(1e-9);
@@ -72,7 +72,7 @@ impl Progress {
     }
 
     /// Ends the stage.
-    pub(crate) fn finish(self) {
+    pub fn finish(self) {
         let seconds = self.began.elapsed().as_secs_f64();
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();

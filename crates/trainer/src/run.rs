@@ -10,7 +10,7 @@ use dpo_loss::{Contrast, PairTable, TokenLogps, contrastive_weights};
 use lm::data::{PreferencePair, SftExample};
 use lm::files::{write_atomically, write_folder_atomically};
 use lm::tokenizer::Tokenizer;
-use lm::{CompletionBatch, Generated, Transformer};
+use lm::{CompletionBatch, Generated, Sampling, Transformer};
 use serde_json::{Map, Value, json};
 
 use crate::cache::{ReferenceCache, model_digest};
@@ -26,8 +26,8 @@ use crate::prepare::{Prepared, prepare};
 use crate::recipe::{ContrastRecipe, PreferenceRecipe, Recipe};
 use crate::reference::{ReferenceLogps, pair_batch};
 use crate::stage::{Calls, Done, Place, Stage};
-use crate::statistics::Estimate;
 use crate::workers::Workers;
+use judge::Estimate;
 
 /// Where a run goes, and on what.
 #[derive(Clone, Debug)]
@@ -724,7 +724,7 @@ impl Run<'_> {
         let prompts: Vec<&[u32]> = task.prompts.iter().map(|(_, ids)| &ids[..]).collect();
         let seed = self.recipe.seed;
         let sample = |model: &Transformer, label: &str| -> Result<Vec<Generated>, TrainError> {
-            let most = numbers.max_new_tokens;
+            let most = (numbers.max_new_tokens, &Sampling::default());
             let eos = [task.task.eos_id()];
             sample_completions(model, &prompts, most, &eos, seed, &self.workers, label)
         };

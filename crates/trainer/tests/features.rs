@@ -6,9 +6,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{
-    TINY, fail, metrics, model_folder, names, succeed, summary, testdata, train, write,
-};
+use common::{TINY, fail, metrics, model_folder, names, succeed, summary, testdata, train, write};
 use dpo_loss::Objective;
 use lm::weights::WeightFiles;
 use serde_json::Value;

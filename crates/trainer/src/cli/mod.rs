@@ -1,0 +1,202 @@
+//! Commands of the program besides training.
+
+mod eval;
+mod prefer;
+mod sample;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use judge::{
+    CommandReward, HttpJudge, HttpJudgeConfig, JudgementCache, MemoReward, Reward, Sample,
+};
+use lm::Sampling;
+use serde::de::DeserializeOwned;
+use trainer::{PromptSource, SampleOptions};
+
+pub(crate) use eval::EvalArgs;
+pub(crate) use prefer::PreferArgs;
+pub(crate) use sample::SampleArgs;
+
+/// Which prompts.
+#[derive(Debug, Args)]
+#[group(required = false, multiple = false)]
+pub(crate) struct PromptArgs {
+    /// Prompts: JSON lines with a column `prompt`, a string or a list of messages.
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    /// This many held-out prompts of the embedded memo task.
+    #[arg(long, value_name = "N")]
+    memo_prompts: Option<usize>,
+}
+
+impl PromptArgs {
+    fn source(&self, seed: u64) -> anyhow::Result<PromptSource> {
+        match (&self.prompts, self.memo_prompts) {
+            (Some(path), None) => Ok(PromptSource::File(path.clone())),
+            (None, Some(n)) => Ok(PromptSource::Memo { n, seed }),
+            _ => bail!("which prompts? give --prompts FILE or --memo-prompts N"),
+        }
+    }
+}
+
+/// How to sample.
+#[derive(Debug, Args)]
+pub(crate) struct SamplingArgs {
+    /// The most tokens of a completion.
+    #[arg(long, default_value_t = 128)]
+    max_new_tokens: usize,
+    /// Divides the logits; 1 is the policy's own distribution.
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f64,
+    /// Keep the most likely tokens only.
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Keep the fewest most likely tokens whose probability reaches this.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f64,
+    /// Seed of prompts, samples, labels and intervals.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Batches sampled side by side, each on one thread.
+    #[arg(long, default_value_t = 1)]
+    workers: usize,
+    /// Where to compute: cpu, wgpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+impl SamplingArgs {
+    fn options(&self, n: usize) -> anyhow::Result<SampleOptions> {
+        let sampling = Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+        };
+        sampling.check()?;
+        for (flag, value) in [("--n", n), ("--max-new-tokens", self.max_new_tokens)] {
+            if value == 0 {
+                bail!("{flag}: expected at least 1, got 0");
+            }
+        }
+        Ok(SampleOptions {
+            n,
+            max_new_tokens: self.max_new_tokens,
+            sampling,
+            seed: self.seed,
+        })
+    }
+}
+
+/// Who says what is better.
+#[derive(Debug, Args)]
+pub(crate) struct JudgeArgs {
+    /// The embedded task's true reward (`memo`).
+    #[arg(long, value_name = "TASK", value_parser = ["memo"], group = "who")]
+    judge: Option<String>,
+    /// A command that reads completions as JSON lines and writes `{"id": .., "reward": ..}`.
+    #[arg(long, value_name = "LINE", group = "who")]
+    judge_command: Option<String>,
+    /// A server with an OpenAI-compatible /v1/chat/completions.
+    #[arg(long, value_name = "URL", group = "who", requires = "judge_model")]
+    judge_url: Option<String>,
+    /// A TOML file with all settings of such a server.
+    #[arg(long, value_name = "FILE", group = "who")]
+    judge_config: Option<PathBuf>,
+    /// The model to ask the server for.
+    #[arg(long, value_name = "NAME")]
+    judge_model: Option<String>,
+    /// The environment variable that holds the server's API key.
+    #[arg(long, value_name = "VARIABLE")]
+    judge_key_env: Option<String>,
+    /// Longest wait for the command's next reward, seconds.
+    #[arg(long, default_value_t = 60.0)]
+    deadline: f64,
+    /// Two rewards that differ by at most this are a tie.
+    #[arg(long, default_value_t = judge::SAME_REWARD)]
+    tie_band: f64,
+}
+
+/// A reward, or a judge that has none.
+enum Referee {
+    Reward(Box<dyn Reward>),
+    Server(Box<HttpJudge>),
+}
+
+impl JudgeArgs {
+    /// What the arguments name; answers of a server are kept in `cache`.
+    fn referee(&self, cache: &Path) -> anyhow::Result<Referee> {
+        let server = |mut config: HttpJudgeConfig| -> anyhow::Result<Referee> {
+            if self.judge_key_env.is_some() {
+                config.api_key_env.clone_from(&self.judge_key_env);
+            }
+            let judge = HttpJudge::new(config, JudgementCache::open(cache)?)?;
+            if !judge.cache().is_empty() {
+                eprintln!("{}: {} answers kept", cache.display(), judge.cache().len());
+            }
+            Ok(Referee::Server(Box::new(judge)))
+        };
+        if self.judge.is_some() {
+            return Ok(Referee::Reward(Box::new(MemoReward::new(
+                Default::default(),
+            )?)));
+        }
+        if let Some(line) = &self.judge_command {
+            let deadline = Duration::try_from_secs_f64(self.deadline)
+                .with_context(|| format!("--deadline {}", self.deadline))?;
+            return Ok(Referee::Reward(Box::new(CommandReward::shell(
+                line, deadline,
+            )?)));
+        }
+        if let (Some(url), Some(model)) = (&self.judge_url, &self.judge_model) {
+            return server(HttpJudgeConfig::new(url, model));
+        }
+        if let Some(path) = &self.judge_config {
+            let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+            let mut config: HttpJudgeConfig =
+                toml::from_str(&text).with_context(|| path.display().to_string())?;
+            if let Some(model) = &self.judge_model {
+                config.model.clone_from(model);
+            }
+            return server(config);
+        }
+        bail!(
+            "who judges? give --judge memo, --judge-command LINE, --judge-url URL with \
+             --judge-model NAME, or --judge-config FILE"
+        )
+    }
+}
+
+/// Rows of a JSON lines file.
+fn read_rows<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Vec<T>> {
+    let file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
+    let name = path.display().to_string();
+    Ok(judge::read_jsonl(std::io::BufReader::new(file), &name)?)
+}
+
+/// Writes rows as JSON lines, whole or not at all.
+fn write_rows<T: serde::Serialize>(path: &Path, rows: &[T]) -> anyhow::Result<()> {
+    lm::files::write_atomically(path, |file| judge::write_jsonl(file, rows))
+        .with_context(|| path.display().to_string())
+}
+
+/// Refuses to write over a file.
+fn check_new(path: &Path) -> anyhow::Result<()> {
+    if path.exists() {
+        bail!(
+            "{}: is there already; give --out another name",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
+/// Mean number of tokens of some completions.
+fn mean_tokens(samples: &[Sample]) -> f64 {
+    let tokens = samples
+        .iter()
+        .filter_map(|sample| sample.metadata.get("n_tokens")?.as_f64());
+    tokens.sum::<f64>() / samples.len().max(1) as f64
+}

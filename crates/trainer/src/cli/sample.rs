@@ -1,0 +1,47 @@
+//! `r2q sample`: completions of prompts.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use trainer::{Policy, Workers, device, sample_prompts};
+
+use super::{PromptArgs, SamplingArgs, check_new, mean_tokens, write_rows};
+
+/// What `sample` takes.
+#[derive(Debug, Args)]
+pub(crate) struct SampleArgs {
+    /// The policy: a Hugging Face folder, or a PEFT folder whose base is here.
+    #[arg(long, value_name = "DIR")]
+    policy: PathBuf,
+    #[command(flatten)]
+    prompts: PromptArgs,
+    /// Completions of each prompt.
+    #[arg(long, default_value_t = 1)]
+    n: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// The file to write, JSON lines.
+    #[arg(long, value_name = "FILE", default_value = "samples.jsonl")]
+    out: PathBuf,
+}
+
+impl SampleArgs {
+    pub(crate) fn run(&self) -> anyhow::Result<()> {
+        check_new(&self.out)?;
+        let options = self.sampling.options(self.n)?;
+        let source = self.prompts.source(self.sampling.seed)?;
+        let policy = Policy::read(&self.policy, &device(&self.sampling.device)?)?;
+        let prompts = source.read(&policy.tokenizer)?;
+        let workers = Workers::new(self.sampling.workers);
+        let samples = sample_prompts(&policy, &prompts, &options, &workers, "sample")?;
+        write_rows(&self.out, &samples)?;
+        eprintln!(
+            "{} completions of {} prompts, {:.1} tokens in the mean: {}",
+            samples.len(),
+            prompts.texts.len(),
+            mean_tokens(&samples),
+            self.out.display()
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,224 @@
+//! Completions of prompts, as rows that rewards and judges read.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use judge::Sample;
+use lm::chat::{ChatTemplate, Message, RenderOptions};
+use lm::tokenizer::Tokenizer;
+use lm::{AdapterFolder, Sampling, Transformer};
+use memo_task::{MemoConfig, MemoTask, Split};
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::error::TrainError;
+use crate::evaluate::sample_completions;
+use crate::workers::Workers;
+
+/// A model that can be asked, with its tokenizer.
+#[derive(Debug)]
+pub struct Policy {
+    /// The model, its adapter switched on if the folder holds one.
+    pub model: Transformer,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Where it came from.
+    pub folder: PathBuf,
+}
+
+impl Policy {
+    /// Reads a Hugging Face folder, or a PEFT folder whose base model is a folder here.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with either.
+    pub fn read(folder: &Path, device: &Device) -> Result<Self, TrainError> {
+        let model = if AdapterFolder::is_one(folder) {
+            let adapter = AdapterFolder::read(folder)?;
+            let base = adapter.base_model.map(PathBuf::from);
+            let base = base.filter(|base| base.is_dir()).ok_or_else(|| {
+                let reason =
+                    "`base_model_name_or_path` of its adapter_config.json names no folder here";
+                TrainError::Policy {
+                    path: folder.to_path_buf(),
+                    reason: reason.into(),
+                }
+            })?;
+            Transformer::read(&base, device)?.read_adapter(folder)?
+        } else {
+            Transformer::read(folder, device)?
+        };
+        Ok(Self {
+            model,
+            tokenizer: Tokenizer::from_folder(folder)?,
+            folder: folder.to_path_buf(),
+        })
+    }
+}
+
+/// Prompts with their texts and tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prompts {
+    /// Each prompt as the policy sees it.
+    pub texts: Vec<String>,
+    /// Its tokens.
+    pub ids: Vec<Vec<u32>>,
+}
+
+/// Where prompts come from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PromptSource {
+    /// The embedded task's held-out memos: how many, and the seed that draws them.
+    Memo {
+        /// How many.
+        n: usize,
+        /// The seed.
+        seed: u64,
+    },
+    /// JSON lines with a column `prompt`: a string, or a list of messages.
+    File(PathBuf),
+}
+
+/// A line of a file of prompts; other columns are left alone.
+#[derive(Deserialize)]
+struct PromptRow {
+    prompt: Value,
+}
+
+impl PromptSource {
+    /// The prompts in the tokens of a policy.
+    ///
+    /// # Errors
+    ///
+    /// A file or line that cannot be read, or messages for a model without a chat template.
+    pub fn read(&self, tokenizer: &Tokenizer) -> Result<Prompts, TrainError> {
+        let mut prompts = Prompts {
+            texts: Vec::new(),
+            ids: Vec::new(),
+        };
+        match self {
+            Self::Memo { n, seed } => {
+                let task = MemoTask::new(MemoConfig::default())?;
+                for example in task.examples(Split::Prompts, *n, *seed) {
+                    prompts.texts.push(task.decode(&example.prompt_ids));
+                    prompts.ids.push(example.prompt_ids);
+                }
+            }
+            Self::File(path) => {
+                let template = ChatTemplate::from_tokenizer(tokenizer)?;
+                let file = std::fs::File::open(path).map_err(TrainError::io(path))?;
+                let name = path.display().to_string();
+                let rows: Vec<PromptRow> = judge::read_jsonl(std::io::BufReader::new(file), &name)?;
+                for (row, prompt) in rows.into_iter().enumerate() {
+                    let (text, ids) = encoded(&prompt.prompt, tokenizer, template.as_ref())
+                        .map_err(|reason| TrainError::Prompt {
+                            path: path.clone(),
+                            row,
+                            reason,
+                        })?;
+                    prompts.texts.push(text);
+                    prompts.ids.push(ids);
+                }
+            }
+        }
+        if prompts.texts.is_empty() {
+            return Err(TrainError::Policy {
+                path: match self {
+                    Self::File(path) => path.clone(),
+                    Self::Memo { .. } => PathBuf::from("the memo task"),
+                },
+                reason: "expected at least one prompt, got none".into(),
+            });
+        }
+        Ok(prompts)
+    }
+}
+
+/// A prompt's text as the policy sees it, and its tokens.
+fn encoded(
+    prompt: &Value,
+    tokenizer: &Tokenizer,
+    template: Option<&ChatTemplate>,
+) -> Result<(String, Vec<u32>), String> {
+    match prompt {
+        Value::String(text) => {
+            let ids = tokenizer.encode(text).map_err(|error| error.to_string())?;
+            Ok((text.clone(), ids))
+        }
+        Value::Array(_) => {
+            let template =
+                template.ok_or("messages need a chat template, and the model has none")?;
+            let messages: Vec<Message> =
+                serde_json::from_value(prompt.clone()).map_err(|error| error.to_string())?;
+            let options = RenderOptions {
+                add_generation_prompt: true,
+                ..RenderOptions::default()
+            };
+            let text = template
+                .render(&messages, &options)
+                .map_err(|error| error.to_string())?;
+            let ids = tokenizer
+                .encode_plain(&text)
+                .map_err(|error| error.to_string())?;
+            Ok((text, ids))
+        }
+        other => Err(format!(
+            "column `prompt`: expected a string or a list of messages, got {other}"
+        )),
+    }
+}
+
+/// How to sample.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SampleOptions {
+    /// Completions of each prompt.
+    pub n: usize,
+    /// The most tokens of one.
+    pub max_new_tokens: usize,
+    /// Temperature and truncation.
+    pub sampling: Sampling,
+    /// The seed.
+    pub seed: u64,
+}
+
+/// `n` completions of each prompt, those of one prompt side by side.
+///
+/// Each row holds `finished`, `n_tokens` and `completion_ids` beside its text.
+///
+/// # Errors
+///
+/// A prompt that with `max_new_tokens` exceeds the model's longest sequence.
+pub fn sample_prompts(
+    policy: &Policy,
+    prompts: &Prompts,
+    options: &SampleOptions,
+    workers: &Workers,
+    label: &str,
+) -> Result<Vec<Sample>, TrainError> {
+    let repeated: Vec<&[u32]> = prompts
+        .ids
+        .iter()
+        .flat_map(|ids| std::iter::repeat_n(&ids[..], options.n))
+        .collect();
+    let eos = policy.tokenizer.eos_ids();
+    let drawn = sample_completions(
+        &policy.model,
+        &repeated,
+        (options.max_new_tokens, &options.sampling),
+        eos,
+        options.seed,
+        workers,
+        label,
+    )?;
+    drawn
+        .into_iter()
+        .enumerate()
+        .map(|(row, completion)| {
+            let text = policy.tokenizer.decode(&completion.ids, true)?;
+            Ok(Sample::new(&prompts.texts[row / options.n], text)
+                .with("finished", completion.ended)
+                .with("n_tokens", completion.ids.len())
+                .with("completion_ids", completion.ids))
+        })
+        .collect()
+}
