@@ -14,7 +14,7 @@ use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dpo_loss::{Beta, Objectives, token_logps};
 use lm::{CompletionBatch, LlamaShape, ModelConfig, Transformer};
-use trainer::{AdamW, Learner, OptimizerRecipe, pair_logps, preference_micro_batch};
+use trainer::{Activations, AdamW, Learner, OptimizerRecipe, pair_logps, preference_micro_batch};
 
 /// Rows and vocabulary: a batch of the memo task, and of a model with a real vocabulary.
 const HEADS: [(usize, usize); 2] = [(512, 512), (256, 8192)];
@@ -109,7 +109,7 @@ fn training_step(c: &mut Criterion) {
             let outcome = learner.step(1, 1e-6, |model, _| {
                 let batch = CompletionBatch::new(&rows, &device);
                 let reference = pair_logps(&reference, &reference, &device);
-                preference_micro_batch(model, &batch, &reference.into(), &objectives, beta)
+                preference_micro_batch(model, &batch, &reference.into(), &objectives, beta, Activations::Keep)
             });
             wait(&device);
             assert!(outcome.updated, "the loss stays a number");

@@ -7,7 +7,7 @@ use dpo_loss::{
     TokenLogps, log_sum_sq_probs, position_kls,
 };
 use implicit_reward::PairRewards;
-use lm::{CompletionBatch, Scored, Transformer};
+use lm::{Checkpointed, CompletionBatch, Scored, Transformer};
 
 use crate::mix::mixed;
 use crate::optimizer::{AdamW, FlatGradients};
@@ -37,6 +37,18 @@ pub struct MicroBatch {
     pub values: Tensor<1>,
     /// Tokens of prompts and completions.
     pub n_tokens: usize,
+    /// The forward pass, where its blocks are to run again on the way back.
+    pub checkpointed: Option<Checkpointed>,
+}
+
+/// What becomes of the activations that a backward pass needs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Activations {
+    /// They are kept.
+    #[default]
+    Keep,
+    /// Those of a block are computed again when its turn comes: gradient checkpointing.
+    Recompute,
 }
 
 /// What a step did.
@@ -163,7 +175,16 @@ struct Backward {
 }
 
 fn backward(model: &Transformer, batch: MicroBatch) -> Backward {
-    let gradients = FlatGradients::take(batch.loss.backward(), model);
+    let gradients = match batch.checkpointed {
+        None => FlatGradients::take(batch.loss.backward(), model),
+        Some(checkpointed) => {
+            let mut sum = FlatGradients::default();
+            checkpointed.backward(model, &batch.loss, |part| {
+                sum.add(FlatGradients::take(part, model), 1.0);
+            });
+            sum
+        }
+    };
     // The one read of a micro-batch.
     let values = Tensor::cat(vec![batch.loss.inner(), batch.values], 0)
         .try_into_vec_as()
@@ -266,26 +287,44 @@ pub fn preference_micro_batch(
     compared: &Compared,
     objectives: &Objectives,
     beta: Beta,
+    activations: Activations,
 ) -> MicroBatch {
-    let outcome = preference_outcome(model, batch, compared, objectives, beta);
+    let (logits, checkpointed) = logits(model, batch, activations);
+    let outcome = preference_outcome(logits, batch, compared, objectives, beta);
     MicroBatch {
         loss: outcome.loss,
         names: outcome.names,
         values: outcome.values,
         n_tokens: batch.n_tokens(),
+        checkpointed,
     }
 }
 
-/// As [`preference_micro_batch`], for models with and without a graph.
-pub(crate) fn preference_outcome(
+/// The logits that predict each completion token, `[n_tokens, vocab]`.
+fn logits(
     model: &Transformer,
+    batch: &CompletionBatch,
+    activations: Activations,
+) -> (Tensor<2>, Option<Checkpointed>) {
+    match activations {
+        Activations::Keep => (model.completion_logits(batch), None),
+        Activations::Recompute => {
+            let checkpointed = model.checkpointed(batch);
+            (model.head(checkpointed.hidden()), Some(checkpointed))
+        }
+    }
+}
+
+/// As [`preference_micro_batch`], from the policy's logits of completion tokens, with a graph or
+/// without.
+pub(crate) fn preference_outcome(
+    logits: Tensor<2>,
     batch: &CompletionBatch,
     compared: &Compared,
     objectives: &Objectives,
     beta: Beta,
 ) -> PreferenceOutcome {
     let needs = objectives.needs();
-    let logits = model.completion_logits(batch);
     let halves = |flat: Tensor<1>| PairTable::from_halves(batch.table(flat).values);
     let mut inputs = PairInputs {
         log_sum_sq_probs: needs
@@ -457,8 +496,13 @@ fn kl_estimates(log_ratios: Tensor<2>) -> Tensor<1> {
     clippy::missing_panics_doc,
     reason = "the statistics are asked for here"
 )]
-pub fn sft_micro_batch(model: &Transformer, batch: &CompletionBatch) -> MicroBatch {
-    let scored = model.score(batch, true);
+pub fn sft_micro_batch(
+    model: &Transformer,
+    batch: &CompletionBatch,
+    activations: Activations,
+) -> MicroBatch {
+    let (logits, checkpointed) = logits(model, batch, activations);
+    let scored = batch.scored(logits, true);
     let stats = scored.stats.expect("the statistics were asked for");
     MicroBatch {
         loss: -scored.flat.mean(),
@@ -468,6 +512,7 @@ pub fn sft_micro_batch(model: &Transformer, batch: &CompletionBatch) -> MicroBat
             0,
         ),
         n_tokens: batch.n_tokens(),
+        checkpointed,
     }
 }
 

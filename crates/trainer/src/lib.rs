@@ -45,8 +45,8 @@ pub use cache::ReferenceCache;
 pub use device::device;
 pub use error::TrainError;
 pub use learner::{
-    Compared, Learner, MicroBatch, PREFERENCE_METRICS, Reference, SFT_METRICS, StepOutcome,
-    pair_logps, preference_micro_batch, sft_micro_batch,
+    Activations, Compared, Learner, MicroBatch, PREFERENCE_METRICS, Reference, SFT_METRICS,
+    StepOutcome, pair_logps, preference_micro_batch, sft_micro_batch,
 };
 pub use optimizer::{AdamW, FlatGradients};
 pub use order::{Order, Source};

@@ -9,7 +9,7 @@ use lm::data::{
     read_preferences, tokenize_pairs_observed,
 };
 use lm::tokenizer::Tokenizer;
-use lm::{LlamaShape, ModelConfig, Transformer};
+use lm::{LlamaShape, LoraConfig, ModelConfig, Transformer};
 use memo_task::{Memo, MemoTask, Split};
 
 use crate::error::TrainError;
@@ -72,11 +72,17 @@ const TASK_POSITIONS: usize = 256;
 ///
 /// Anything wrong with the model, the tokenizer or the data, by file and place.
 pub fn prepare(recipe: &Recipe, device: &Device) -> Result<Prepared, TrainError> {
-    match (&recipe.task, &recipe.data) {
+    let mut prepared = match (&recipe.task, &recipe.data) {
         (Some(task), _) => prepare_task(recipe, task, device),
         (None, Some(data)) => prepare_files(recipe, data, device),
         (None, None) => unreachable!("a checked recipe has a task or data"),
+    }?;
+    // Names of parameters and layers are checked here, before anything is written.
+    prepared.model = recipe.trainable(prepared.model)?;
+    if let Some(lora) = &recipe.lora {
+        LoraConfig::from(lora).n_parameters(prepared.model.config())?;
     }
+    Ok(prepared)
 }
 
 fn prepare_task(

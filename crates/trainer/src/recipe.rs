@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use dpo_loss::{Beta, Objectives};
-use lm::LoraConfig;
 use lm::data::{Boundary, EmptyCompletions, Treatment};
+use lm::{FreezeSpec, LoraConfig, Transformer};
 use memo_task::MemoConfig;
 use serde::{Deserialize, Serialize};
 
@@ -699,6 +699,22 @@ impl Recipe {
 }
 
 impl Recipe {
+    /// The model with what the recipe freezes frozen.
+    ///
+    /// # Errors
+    ///
+    /// A pattern that names no parameter of the model, or one that leaves nothing to train.
+    pub fn trainable(&self, model: Transformer) -> Result<Transformer, TrainError> {
+        if self.model.frozen.is_empty() {
+            return Ok(model);
+        }
+        let freeze = FreezeSpec {
+            first_blocks: 0,
+            names: self.model.frozen.clone(),
+        };
+        Ok(model.with_frozen(&freeze)?)
+    }
+
     /// Checks that the trainer has what the losses need.
     fn check_objective(&self, wrong: &Wrong<'_>) -> Result<(), TrainError> {
         let stage = &self.preference;

@@ -10,14 +10,16 @@ use dpo_loss::{Contrast, PairTable, TokenLogps, contrastive_weights};
 use lm::data::{PreferencePair, SftExample};
 use lm::files::{write_atomically, write_folder_atomically};
 use lm::tokenizer::Tokenizer;
-use lm::{CompletionBatch, Generated, Sampling, Transformer};
+use lm::{CompletionBatch, Generated, ParameterInfo, Sampling, Transformer};
 use serde_json::{Map, Value, json};
 
 use crate::cache::{ReferenceCache, model_digest};
 use crate::checkpoint::{self, digest_of};
 use crate::error::TrainError;
 use crate::evaluate::{divergences, preference_metrics, sample_completions, true_rewards, wins};
-use crate::learner::{Compared, Learner, Reference, preference_micro_batch, sft_micro_batch};
+use crate::learner::{
+    Activations, Compared, Learner, Reference, preference_micro_batch, sft_micro_batch,
+};
 use crate::metrics::MetricsLog;
 use crate::optimizer::AdamW;
 use crate::order::Source;
@@ -339,6 +341,14 @@ impl Run<'_> {
         summary.insert("device".into(), options.device.clone().into());
         summary.insert("threads".into(), rayon::current_num_threads().into());
         summary.insert("n_parameters".into(), policy.config().n_parameters().into());
+        let trained = match policy.lora_config() {
+            Some(_) => policy.n_trainable_parameters(),
+            None => self
+                .recipe
+                .trainable(policy.clone())?
+                .n_trainable_parameters(),
+        };
+        summary.insert("n_trained_parameters".into(), trained.into());
         summary.insert("seed".into(), self.recipe.seed.into());
 
         let path = self.path(names::SUMMARY);
@@ -425,7 +435,11 @@ impl Run<'_> {
                         (&example.prompt_ids[..], &example.completion_ids[..])
                     })
                     .collect();
-                sft_micro_batch(model, &CompletionBatch::new(&rows, device))
+                sft_micro_batch(
+                    model,
+                    &CompletionBatch::new(&rows, device),
+                    self.activations(),
+                )
             },
             evaluate: |_: &Learner, _| Ok(Map::new()),
             row: |index: usize| examples[index].row.to_string(),
@@ -471,8 +485,9 @@ impl Run<'_> {
         let stage = self.preference_stage();
         let policy = match &self.recipe.lora {
             Some(lora) => start.clone().with_lora(&lora.into(), self.recipe.seed)?,
-            None => start.clone(),
+            None => self.recipe.trainable(start.clone())?,
         };
+        eprintln!("{}", self.cost(&policy));
         let optimizer = AdamW::new(&recipe.optimizer);
         let (mut learner, done) = self.begin(&stage, start, policy, optimizer)?;
         if recipe.sync_reference.is_some() && learner.reference.is_none() {
@@ -493,7 +508,8 @@ impl Run<'_> {
             micro: |model: &Transformer, moved: Option<&Transformer>, pairs: &[usize]| {
                 let batch = self.batch(train, pairs, model);
                 let compared = compared(&train_against, &batch, pairs, moved);
-                preference_micro_batch(model, &batch, &compared, &recipe.objective, recipe.beta)
+                let (loss, beta) = (&recipe.objective, recipe.beta);
+                preference_micro_batch(model, &batch, &compared, loss, beta, self.activations())
             },
             evaluate: |learner: &Learner, step: usize| {
                 let model = learner.snapshot();
@@ -546,6 +562,47 @@ impl Run<'_> {
             _ => learner.snapshot(),
         };
         Ok((policy, done))
+    }
+
+    fn activations(&self) -> Activations {
+        if self.recipe.gradient_checkpointing {
+            Activations::Recompute
+        } else {
+            Activations::Keep
+        }
+    }
+
+    /// What training the policy takes, in words: parameters, and memory for the longest pairs.
+    fn cost(&self, policy: &Transformer) -> String {
+        let recipe = &self.recipe.preference;
+        let lengths = self.prepared.train.iter().map(|pair| {
+            let completions = pair.chosen_ids.len() + pair.rejected_ids.len();
+            let longest = pair.chosen_ids.len().max(pair.rejected_ids.len());
+            let row = pair.prompt_ids.len() + longest;
+            (2 * pair.prompt_ids.len() + completions, completions, row)
+        });
+        let (tokens, predicted, row) = lengths.max().unwrap_or_default();
+        let at_once = recipe.batch_size * self.workers.count();
+        let memory = policy.training_memory(row);
+        let recompute = self.recipe.gradient_checkpointing;
+        let total = memory.total(tokens * at_once, predicted * at_once, recompute);
+        let kept = memory.weights + memory.gradients + memory.optimizer;
+        let megabytes = |bytes: u64| bytes as f64 / 1e6;
+        format!(
+            "policy: {} parameters, {} of them trained; memory about {:.0} MB: weights {:.0}, \
+             gradients {:.0}, optimizer {:.0}, activations of the longest pairs {:.0}",
+            policy
+                .parameter_list()
+                .iter()
+                .map(ParameterInfo::count)
+                .sum::<usize>(),
+            policy.n_trainable_parameters(),
+            megabytes(total),
+            megabytes(memory.weights),
+            megabytes(memory.gradients),
+            megabytes(memory.optimizer),
+            megabytes(total - kept),
+        )
     }
 
     /// A batch of some of the pairs.
@@ -696,6 +753,10 @@ impl Run<'_> {
         };
         eprintln!("resuming from {}", path.display());
         let model = checkpoint::read_weights(&path, base)?;
+        let model = match model.lora_config() {
+            Some(_) => model,
+            None => self.recipe.trainable(model)?,
+        };
         let learner = checkpoint::load(&path, &position, model, optimizer)?
             .with_workers(self.workers.clone());
         let done = Done {

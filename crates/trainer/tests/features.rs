@@ -338,6 +338,45 @@ fn adapters_are_trained_alone_written_for_peft_and_merged_and_survive_a_resume()
 }
 
 #[test]
+fn frozen_parameters_stay_as_they_are_and_a_wrong_name_is_refused() {
+    let frozen = "[model]\nfrozen = [\"model.embed_tokens.*\", \"model.layers.0.*\"]";
+    let (_folder, recipe, out) =
+        place(&[("[model]", frozen), ("seed = 3", "seed = 3\nworkers = 2")]);
+    succeed(&mut train(&recipe, &out));
+    let before = tensors(&out.join("sft/model.safetensors"));
+    let after = tensors(&out.join("model/model.safetensors"));
+    for ((name, before), (_, after)) in before.iter().zip(&after) {
+        let frozen = name.contains("embed_tokens") || name.contains("layers.0.");
+        assert_eq!(before == after, frozen, "{name}");
+    }
+    let whole = weights(&out);
+    again_from(&recipe, &out, 15);
+    assert_eq!(weights(&out), whole);
+    let (_folder, recipe, out) = place(&[("[model]", "[model]\nfrozen = [\"model.embd.*\"]")]);
+    let said = fail(&mut train(&recipe, &out));
+    assert!(said.contains("model.embd.*") && !out.exists(), "{said}");
+}
+
+#[test]
+fn gradient_checkpointing_changes_memory_and_nothing_else() {
+    let (_folder, recipe, out) = place(&[]);
+    succeed(&mut train(&recipe, &out));
+    let again = place(&[("seed = 3", "seed = 3\ngradient_checkpointing = true")]);
+    succeed(&mut train(&again.1, &again.2));
+    // Gradients of tied parts are summed in another order, in f32, over 44 steps.
+    const ORDER: f32 = 1e-4;
+    let path = "model/model.safetensors";
+    for ((name, one), (_, two)) in tensors(&out.join(path))
+        .iter()
+        .zip(&tensors(&again.2.join(path)))
+    {
+        for (one, two) in one.iter().zip(two) {
+            assert!((one - two).abs() < ORDER, "{name}: {one} {two}");
+        }
+    }
+}
+
+#[test]
 fn an_event_file_for_tensorboard_lies_beside_the_metrics() {
     let (_folder, recipe, out) = place(&[]);
     succeed(&mut train(&recipe, &out));

@@ -14,7 +14,7 @@ use lm::Transformer;
 use lm::data::PreferencePair;
 use serde_json::Value;
 use trainer::reference::pair_batch;
-use trainer::{AdamW, Learner, OptimizerRecipe, Schedule, preference_micro_batch};
+use trainer::{Activations, AdamW, Learner, OptimizerRecipe, Schedule, preference_micro_batch};
 
 /// Both sides compute in f32; TRL's own f32 and f64 runs drift 3e-6 apart over as many steps.
 const RELATIVE: f64 = 1e-3;
@@ -144,7 +144,14 @@ fn reproduce(golden: &Golden, run: &str) {
             // By the policy's own path, so that at the first step all pairs are exact ties.
             let sums = reference.score(&batch, false).table.sums().inner();
             let reference = PairLogps::from_halves(sums);
-            preference_micro_batch(model, &batch, &reference.into(), &objectives, beta)
+            preference_micro_batch(
+                model,
+                &batch,
+                &reference.into(),
+                &objectives,
+                beta,
+                Activations::Keep,
+            )
         });
         let at = |what: &str| format!("{run} step {} {what}", step + 1);
         assert!(outcome.updated);

@@ -12,7 +12,7 @@ use report::{Card, OutcomeRow, SampleCompletion, Token, TrainingReport};
 use serde::Serialize;
 use trainer::{Policy, Workers, device, sample_prompts};
 
-use super::{JudgeArgs, PromptArgs, Referee, SamplingArgs, read_rows, write_rows};
+use super::{JudgeArgs, PromptArgs, Referee, SamplingArgs, read_rows, with_progress, write_rows};
 
 /// What `eval` takes.
 #[derive(Debug, Args)]
@@ -144,13 +144,9 @@ impl EvalArgs {
                 LengthUnit::Characters
             },
         };
-        let mut bar = trainer::Progress::new("judge", "pairs", pairs.len(), 0);
-        let mut done = 0;
-        let outcome = evaluate(&pairs, judge, &options, &mut |at| {
-            bar.advance(at.done - done, "");
-            done = at.done;
+        let outcome = with_progress("judge", "pairs", |progress| {
+            evaluate(&pairs, judge, &options, progress)
         })?;
-        bar.finish();
         let rows: Vec<JudgedPair<'_>> = pairs
             .iter()
             .zip(&outcome.judgements)

@@ -193,6 +193,25 @@ fn check_new(path: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Runs work that tells how far it is, with a bar.
+fn with_progress<T, E>(
+    label: &str,
+    unit: &'static str,
+    work: impl FnOnce(&mut dyn FnMut(judge::Progress)) -> Result<T, E>,
+) -> Result<T, E> {
+    let mut bar: Option<trainer::Progress> = None;
+    let mut done = 0;
+    let result = work(&mut |at| {
+        bar.get_or_insert_with(|| trainer::Progress::new(label, unit, at.total, 0))
+            .advance(at.done - done, "");
+        done = at.done;
+    });
+    if let Some(bar) = bar {
+        bar.finish();
+    }
+    result
+}
+
 /// Mean number of tokens of some completions.
 fn mean_tokens(samples: &[Sample]) -> f64 {
     let tokens = samples

@@ -1,16 +1,14 @@
 //! `r2q prefer`: preference rows from completions.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 
+use anyhow::bail;
 use clap::{Args, ValueEnum};
 use judge::{
-    Comparison, Judge, Judgement, Labelling, Pairing, PreferenceOptions, Sample, Verdict,
-    preferences, score,
+    Labelling, Pairing, PreferenceOptions, Sample, judged_preferences, preferences, score,
 };
-use serde::Serialize;
 
-use super::{JudgeArgs, Referee, check_new, read_rows, write_rows};
+use super::{JudgeArgs, Referee, check_new, read_rows, with_progress, write_rows};
 
 /// What `prefer` takes.
 #[derive(Debug, Args)]
@@ -20,7 +18,7 @@ pub(crate) struct PreferArgs {
     samples: PathBuf,
     #[command(flatten)]
     judge: JudgeArgs,
-    /// Which completions of a prompt are compared; a server's are neighbours.
+    /// Which completions of a prompt are compared.
     #[arg(long, value_enum, default_value_t = Pairs::BestWorst)]
     pairs: Pairs,
     /// Draw labels by the Bradley-Terry model at this many nats a reward unit, instead of choosing
@@ -55,121 +53,65 @@ impl From<Pairs> for Pairing {
     }
 }
 
-/// A row whose label is a judge's and not a reward's.
-#[derive(Serialize)]
-struct JudgedRow<'a> {
-    prompt: &'a str,
-    chosen: &'a str,
-    rejected: &'a str,
-}
-
 impl PreferArgs {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         check_new(&self.out)?;
         let samples: Vec<Sample> = read_rows(&self.samples)?;
-        match self
-            .judge
-            .referee(&self.out.with_extension("judgements.jsonl"))?
-        {
-            Referee::Reward(reward) => {
-                let options = PreferenceOptions {
-                    pairing: self.pairs.into(),
-                    labelling: match self.bradley_terry {
-                        None => Labelling::HigherReward,
-                        Some(sharpness) => Labelling::BradleyTerry {
-                            sharpness,
-                            seed: self.seed,
-                        },
-                    },
-                    band: self.judge.tie_band,
-                    keep_unfinished: self.keep_unfinished,
-                };
-                let mut bar = trainer::Progress::new("score", "completions", samples.len(), 0);
-                let mut done = 0;
-                let scored = score(&samples, &reward, &mut |at| {
-                    bar.advance(at.done - done, "");
-                    done = at.done;
-                })?;
-                bar.finish();
-                let (rows, report) = preferences(&scored, &options)?;
-                write_rows(&self.out, &rows)?;
-                eprint!("{report}");
-            }
-            Referee::Server(judge) => self.by_server(&samples, &*judge)?,
-        }
-        eprintln!("preferences: {}", self.out.display());
-        Ok(())
-    }
-
-    /// Rows from verdicts over neighbouring completions of each prompt.
-    fn by_server(&self, samples: &[Sample], judge: &impl Judge) -> anyhow::Result<()> {
-        let mut waiting: HashMap<&str, &Sample> = HashMap::new();
-        let (mut pairs, mut unfinished, mut same) = (Vec::new(), 0, 0);
-        for (index, sample) in samples.iter().enumerate() {
-            if !self.keep_unfinished && !sample.finished(index)? {
-                unfinished += 1;
-                continue;
-            }
-            match waiting.remove(sample.prompt.as_str()) {
-                None => {
-                    waiting.insert(&sample.prompt, sample);
-                }
-                Some(first) if first.completion == sample.completion => same += 1,
-                Some(first) => pairs.push(Comparison {
-                    a: first.clone(),
-                    b: sample.clone(),
-                }),
-            }
-        }
-        let mut bar = trainer::Progress::new("judge", "pairs", pairs.len(), 0);
-        let mut done = 0;
-        let judgements = judge.judge(&pairs, &mut |at| {
-            bar.advance(at.done - done, "");
-            done = at.done;
-        })?;
-        bar.finish();
-        let (mut rows, mut ties, mut unparsed, mut failed) = (Vec::new(), 0, 0, None);
-        let mut n_failed = 0;
-        for (pair, judgement) in pairs.iter().zip(&judgements) {
-            let (chosen, rejected) = match judgement {
-                Judgement::Decided(decision) => match decision.verdict {
-                    Verdict::A => (&pair.a, &pair.b),
-                    Verdict::B => (&pair.b, &pair.a),
-                    Verdict::Tie => {
-                        ties += 1;
-                        continue;
-                    }
+        let options = PreferenceOptions {
+            pairing: self.pairs.into(),
+            labelling: match self.bradley_terry {
+                None => Labelling::HigherReward,
+                Some(sharpness) => Labelling::BradleyTerry {
+                    sharpness,
+                    seed: self.seed,
                 },
-                Judgement::Unparsed { .. } => {
-                    unparsed += 1;
-                    continue;
-                }
-                Judgement::Failed { reason } => {
-                    n_failed += 1;
-                    failed.get_or_insert(reason);
-                    continue;
-                }
-            };
-            rows.push(JudgedRow {
-                prompt: pair.prompt(),
-                chosen: &chosen.completion,
-                rejected: &rejected.completion,
-            });
-        }
-        if let Some(reason) = failed {
-            anyhow::bail!(
-                "{n_failed} of {} pairs were not judged: {reason}; the other answers are kept, and \
-                 the same command asks for what is missing",
-                pairs.len()
+            },
+            band: self.judge.tie_band,
+            keep_unfinished: self.keep_unfinished,
+        };
+        let referee = self
+            .judge
+            .referee(&self.out.with_extension("answers.jsonl"))?;
+        let (rows, report) = match referee {
+            Referee::Reward(reward) => {
+                let scored = with_progress("score", "completions", |progress| {
+                    score(&samples, &reward, progress)
+                })?;
+                preferences(&scored, &options)?
+            }
+            Referee::Server(judge) => with_progress("judge", "pairs", |progress| {
+                judged_preferences(&samples, &*judge, &options, progress)
+            })?,
+        };
+        if report.n_errors > 0 {
+            bail!(
+                "{} comparisons were not judged; the answers that came are kept, and the same \
+                 command asks for what is missing",
+                report.n_errors
             );
         }
         write_rows(&self.out, &rows)?;
         eprintln!(
-            "{} rows of {} pairs; dropped: {ties} ties, {unparsed} without a verdict; before that \
-             {unfinished} completions cut off and {same} pairs of equal ones",
-            rows.len(),
-            pairs.len()
+            "{} rows of {} completions of {} prompts",
+            report.n_rows, report.n_samples, report.n_prompts
         );
+        for (count, what) in [
+            (report.n_unfinished, "completions were cut off"),
+            (report.n_duplicates, "completions repeated another one"),
+            (report.n_single, "prompts had nothing to compare"),
+            (report.n_ties, "pairs were ties"),
+            (report.n_unparsed, "comparisons had no verdict"),
+            (
+                report.n_incomplete,
+                "prompts were left out for want of a comparison",
+            ),
+            (report.n_flipped, "labels were drawn against the reward"),
+        ] {
+            if count > 0 {
+                eprintln!("  {count} {what}");
+            }
+        }
+        eprintln!("preferences: {}", self.out.display());
         Ok(())
     }
 }

@@ -1,0 +1,361 @@
+//! Sampling, preference making and evaluation from the command line.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests unwrap as tests do")]
+
+mod common;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use common::{TINY, fail, r2q, succeed, train, write};
+use serde_json::Value;
+
+/// A finished tiny run, made once for all tests of this file.
+fn run() -> &'static Path {
+    static RUN: OnceLock<PathBuf> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("judging");
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir_all(&folder).unwrap();
+        let recipe = write(&folder, "tiny.toml", TINY);
+        let out = folder.join("run");
+        succeed(&mut train(&recipe, &out));
+        out
+    })
+}
+
+fn rows(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+fn outcome(folder: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(folder.join("outcome.json")).unwrap()).unwrap()
+}
+
+/// Lines of samples, `lengths[i]` words long.
+fn samples(folder: &Path, name: &str, lengths: &[usize]) -> PathBuf {
+    let lines: Vec<String> = lengths
+        .iter()
+        .enumerate()
+        .map(|(row, &words)| {
+            let text = " word".repeat(words);
+            format!("{{\"prompt\": \"Say {row}.\", \"completion\": \"{text}\"}}")
+        })
+        .collect();
+    write(folder, name, lines.join("\n"))
+}
+
+#[test]
+fn samples_are_scored_labelled_and_trained_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let mut command = r2q();
+    command.args([
+        "sample",
+        "--memo-prompts",
+        "6",
+        "--n",
+        "4",
+        "--max-new-tokens",
+        "20",
+    ]);
+    command.arg("--policy").arg(run().join("model"));
+    succeed(command.arg("--out").arg(at("samples.jsonl")));
+    let drawn = rows(&at("samples.jsonl"));
+    assert_eq!(drawn.len(), 24);
+    assert_eq!(drawn[0]["prompt"], drawn[3]["prompt"]);
+    assert_ne!(drawn[0]["prompt"], drawn[4]["prompt"]);
+    let ids = drawn[0]["completion_ids"].as_array().unwrap().len();
+    assert_eq!(drawn[0]["n_tokens"], ids);
+
+    let mut command = r2q();
+    command.args(["prefer", "--judge", "memo", "--keep-unfinished"]);
+    command.arg("--samples").arg(at("samples.jsonl"));
+    let said = succeed(command.arg("--out").arg(at("pairs.jsonl")));
+    let pairs = rows(&at("pairs.jsonl"));
+    assert!(!pairs.is_empty() && pairs.len() <= 6, "{said}");
+    for pair in &pairs {
+        let reward = |side: &str| pair[side].as_f64().unwrap();
+        assert!(reward("chosen_reward") > reward("rejected_reward"));
+    }
+    let model = run().join("model");
+    let out = at("run");
+    let mut command = common::train_on(&model, &at("pairs.jsonl"), &out);
+    succeed(command.args(["--batch-size", "2", "--empty-completions", "keep"]));
+    assert!(out.join("model/model.safetensors").is_file());
+
+    // Nothing is written over.
+    let said =
+        fail(command_again(&at("samples.jsonl"), &at("pairs.jsonl")).arg("--keep-unfinished"));
+    assert!(said.contains("is there already"), "{said}");
+}
+
+fn command_again(samples: &Path, out: &Path) -> std::process::Command {
+    let mut command = r2q();
+    command.args(["prefer", "--judge", "memo"]);
+    command.arg("--samples").arg(samples).arg("--out").arg(out);
+    command
+}
+
+#[test]
+fn a_policy_against_itself_wins_half_and_the_evaluation_leaves_a_page() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("eval");
+    let mut command = r2q();
+    command.args([
+        "eval",
+        "--memo-prompts",
+        "12",
+        "--judge",
+        "memo",
+        "--max-new-tokens",
+        "20",
+    ]);
+    command.arg("--policy-a").arg(run().join("model"));
+    command.arg("--policy-b").arg(run().join("model"));
+    command.arg("--out").arg(&out);
+    let said = succeed(&mut command);
+    assert!(said.contains("A's win rate"), "{said}");
+    let outcome = outcome(&out);
+    assert_eq!(
+        (&outcome["ties"], &outcome["win_rate"]["mean"]),
+        (&12.into(), &0.5.into())
+    );
+    let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(page.contains("win rate"));
+    let said = fail(&mut command);
+    assert!(said.contains("give --resume"), "{said}");
+}
+
+#[test]
+fn a_command_judges_samples_from_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let a = samples(folder.path(), "a.jsonl", &[5, 5, 2, 3]);
+    let b = samples(folder.path(), "b.jsonl", &[1, 2, 3, 3]);
+    let out = folder.path().join("eval");
+    // Longer is better.
+    let judge = r#"while IFS= read -r line; do rest=${line#*\"id\":}; id=${rest%%,*}
+        echo "{\"id\": $id, \"reward\": ${#line}}"; done"#;
+    let mut command = r2q();
+    command.args(["eval", "--judge-command", judge]);
+    command.arg("--policy-a").arg(&a).arg("--policy-b").arg(&b);
+    succeed(command.arg("--out").arg(&out));
+    let outcome = outcome(&out);
+    let counts = ["wins", "ties", "losses"].map(|name| outcome[name].as_u64().unwrap());
+    assert_eq!(counts, [2, 1, 1]);
+    assert_eq!(outcome["length_unit"], "characters");
+}
+
+/// A judge that prefers the longer answer, and has its moods.
+fn server(mood: impl Fn(usize) -> Mood + Send + Sync + 'static) -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}/v1", listener.local_addr().unwrap());
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counter = asked.clone();
+    let mood = Arc::new(mood);
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let (counter, mood) = (counter.clone(), mood.clone());
+            std::thread::spawn(move || serve(stream, &counter, &*mood));
+        }
+    });
+    (address, asked)
+}
+
+enum Mood {
+    Answers,
+    Rambles,
+    Sleeps,
+    HangsUp,
+}
+
+fn serve(
+    mut stream: TcpStream,
+    asked: &AtomicUsize,
+    mood: &(dyn Fn(usize) -> Mood + Send + Sync),
+) -> Option<()> {
+    let mut reader = BufReader::new(stream.try_clone().ok()?);
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        if let Some(value) = line.to_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().ok()?;
+        }
+        if line.trim().is_empty() {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    let verdict = match mood(asked.fetch_add(1, Ordering::SeqCst)) {
+        Mood::HangsUp => return None,
+        Mood::Sleeps => {
+            std::thread::sleep(Duration::from_secs(3));
+            return None;
+        }
+        Mood::Rambles => "It depends on what one likes.".to_string(),
+        Mood::Answers => {
+            let request: Value = serde_json::from_slice(&body).ok()?;
+            let messages = request["messages"].as_array()?;
+            let question = messages.last()?["content"].as_str()?.to_string();
+            let part = |name: &str| -> Option<usize> {
+                let from = question.split(&format!("<answer {name}>")).nth(1)?;
+                Some(from.split("</answer").next()?.len())
+            };
+            match part("A")?.cmp(&part("B")?) {
+                std::cmp::Ordering::Greater => "The first. [[A]]".to_string(),
+                std::cmp::Ordering::Less => "The second. [[B]]".to_string(),
+                std::cmp::Ordering::Equal => "[[TIE]]".to_string(),
+            }
+        }
+    };
+    let reply =
+        serde_json::json!({"choices": [{"message": {"role": "assistant", "content": verdict}}]});
+    let reply = reply.to_string();
+    write!(
+        stream,
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{reply}",
+        reply.len()
+    )
+    .ok()
+}
+
+/// Settings of a judge that does not wait long for anything.
+fn settings(folder: &Path, address: &str) -> PathBuf {
+    let text = format!(
+        "base_url = \"{address}\"\nmodel = \"judge\"\nname = \"test judge\"\nconcurrency = 1\n\
+         timeout_s = 1.0\nretries = 0\nparse_retries = 0\nfirst_wait_s = 0.01\ngive_up_after = 2\n"
+    );
+    write(folder, "judge.toml", text)
+}
+
+#[test]
+fn a_server_that_fails_midway_loses_no_answer_and_a_rerun_asks_for_the_rest() {
+    let folder = tempfile::tempdir().unwrap();
+    let a = samples(folder.path(), "a.jsonl", &[5, 4, 3, 2, 1, 6]);
+    let b = samples(folder.path(), "b.jsonl", &[1, 2, 2, 3, 4, 1]);
+    let out = folder.path().join("eval");
+    let evaluate = |resume: bool| {
+        let mut command = r2q();
+        command.args(["eval", "--judge-config"]);
+        command.arg(folder.path().join("judge.toml"));
+        command.arg("--policy-a").arg(&a).arg("--policy-b").arg(&b);
+        command.arg("--out").arg(&out);
+        if resume {
+            command.arg("--resume");
+        }
+        command
+    };
+    // Both orders of the first two pairs are answered, then nothing but silence and hanging up.
+    let (address, _) = server(|nth| match nth {
+        0..4 => Mood::Answers,
+        4 => Mood::Sleeps,
+        _ => Mood::HangsUp,
+    });
+    settings(folder.path(), &address);
+    let said = fail(&mut evaluate(false));
+    assert!(said.contains("--resume asks for what is missing"), "{said}");
+    let first = outcome(&out);
+    let decided = |outcome: &Value| -> u64 {
+        ["wins", "ties", "losses"]
+            .map(|name| outcome[name].as_u64().unwrap())
+            .iter()
+            .sum()
+    };
+    assert_eq!(decided(&first), 2, "{first}");
+    assert_eq!(first["errors"], 4);
+    // The server is well again: it is asked for the other four pairs, in both orders, and no more.
+    let (address, asked) = server(|_| Mood::Answers);
+    settings(folder.path(), &address);
+    succeed(&mut evaluate(true));
+    assert_eq!(asked.load(Ordering::SeqCst), 8);
+    let second = outcome(&out);
+    assert_eq!(second["errors"], 0);
+    assert_eq!((&second["wins"], &second["losses"]), (&4.into(), &2.into()));
+}
+
+#[test]
+fn an_answer_without_a_verdict_is_counted_and_not_guessed() {
+    let folder = tempfile::tempdir().unwrap();
+    let a = samples(folder.path(), "a.jsonl", &[5, 4, 3]);
+    let b = samples(folder.path(), "b.jsonl", &[1, 2, 2]);
+    let (address, _) = server(|nth| {
+        if nth < 2 {
+            Mood::Rambles
+        } else {
+            Mood::Answers
+        }
+    });
+    let config = settings(folder.path(), &address);
+    let out = folder.path().join("eval");
+    let mut command = r2q();
+    command.args(["eval", "--judge-config"]).arg(config);
+    command.arg("--policy-a").arg(&a).arg("--policy-b").arg(&b);
+    succeed(command.arg("--out").arg(&out));
+    let outcome = outcome(&out);
+    assert_eq!(
+        (&outcome["unparsed"], &outcome["wins"]),
+        (&1.into(), &2.into())
+    );
+}
+
+#[test]
+fn a_server_labels_preferences() {
+    let folder = tempfile::tempdir().unwrap();
+    let lines = [" one", " one two", " three", " three"]
+        .map(|text| format!("{{\"prompt\": \"Say.\", \"completion\": \"{text}\"}}"));
+    let drawn = write(folder.path(), "samples.jsonl", lines.join("\n"));
+    let (address, _) = server(|_| Mood::Answers);
+    let config = settings(folder.path(), &address);
+    let out = folder.path().join("pairs.jsonl");
+    let mut command = r2q();
+    command.args(["prefer", "--judge-config"]).arg(config);
+    command.arg("--samples").arg(drawn);
+    succeed(command.arg("--out").arg(&out));
+    let pairs = rows(&out);
+    assert_eq!(pairs.len(), 1);
+    let text = |side: &str| pairs[0][side].as_str().unwrap().to_string();
+    assert_eq!(
+        (text("chosen"), text("rejected")),
+        (" one two".into(), " one".into())
+    );
+}
+
+#[test]
+fn bad_arguments_are_one_line_that_says_what_to_give() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = write(folder.path(), "bad.jsonl", "{\"prompt\": 3}\n");
+    let mut command = r2q();
+    command
+        .arg("sample")
+        .arg("--policy")
+        .arg(run().join("model"));
+    command.arg("--out").arg(folder.path().join("out.jsonl"));
+    let said = fail(&mut command);
+    assert!(
+        said.contains("--prompts FILE or --memo-prompts N"),
+        "{said}"
+    );
+    let said = fail(command.arg("--prompts").arg(&file));
+    assert!(
+        said.contains("bad.jsonl row 0") && said.contains("a string"),
+        "{said}"
+    );
+    let mut command = r2q();
+    command
+        .arg("eval")
+        .arg("--policy-a")
+        .arg(&file)
+        .arg("--policy-b")
+        .arg(&file);
+    let said = fail(command.arg("--out").arg(folder.path().join("eval")));
+    assert!(said.contains("--judge memo"), "{said}");
+}
