@@ -18,10 +18,16 @@ use anyhow::{Context, bail};
 type Described = (&'static str, &'static str);
 
 /// Commands of the `r2q` program.
-const PROGRAM: [Described; 1] = [(
-    "train",
-    "train a policy from preferences; with no arguments, on the embedded memo task",
-)];
+const PROGRAM: [Described; 2] = [
+    (
+        "train",
+        "train a policy from preferences; with no arguments, on the embedded memo task",
+    ),
+    (
+        "score",
+        "read the rewards of every token of a file off a policy and its reference",
+    ),
+];
 
 /// Commands of this program.
 const CHORES: [Described; 3] = [

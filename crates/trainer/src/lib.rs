@@ -10,6 +10,7 @@
 //! | one training step | [`Learner`] |
 //! | AdamW, clipping | [`AdamW`] |
 //! | held-out judgement | [`evaluate`] |
+//! | rewards of every token of a file | [`score`] |
 //!
 //! ```
 //! let recipe = trainer::Recipe::parse(
@@ -34,6 +35,7 @@ mod progress;
 mod recipe;
 pub mod reference;
 mod run;
+pub mod score;
 mod stage;
 mod statistics;
 mod workers;
