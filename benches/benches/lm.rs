@@ -109,7 +109,14 @@ fn training_step(c: &mut Criterion) {
             let outcome = learner.step(1, 1e-6, |model, _| {
                 let batch = CompletionBatch::new(&rows, &device);
                 let reference = pair_logps(&reference, &reference, &device);
-                preference_micro_batch(model, &batch, &reference.into(), &objectives, beta, Activations::Keep)
+                preference_micro_batch(
+                    model,
+                    &batch,
+                    &reference.into(),
+                    &objectives,
+                    beta,
+                    Activations::Keep,
+                )
             });
             wait(&device);
             assert!(outcome.updated, "the loss stays a number");

@@ -18,10 +18,14 @@ use anyhow::{Context, bail};
 type Described = (&'static str, &'static str);
 
 /// Commands of the `r2q` program.
-const PROGRAM: [Described; 4] = [
+const PROGRAM: [Described; 5] = [
     (
         "train",
         "train a policy from preferences; with no arguments, on the embedded memo task",
+    ),
+    (
+        "score",
+        "read the rewards of every token of a file off a policy and its reference",
     ),
     ("sample", "sample completions of prompts from a policy"),
     (

@@ -127,11 +127,18 @@ pub fn read_logits(
     let shape = policy.dims();
     assert_eq!(shape, reference.dims(), "two models of one vocabulary");
     assert_eq!(shape[0], targets.len(), "one target for each row of logits");
+    let failed = |error: &dyn std::fmt::Debug| ReadoutError::Device(format!("{error:?}"));
     let host = |logits: Tensor<2>| {
-        let values = logits.try_into_vec_as::<f32>();
-        values.map_err(|error| ReadoutError::Device(format!("{error:?}")))
+        let data = logits.try_into_data_as::<f32>();
+        data.map_err(|error| failed(&error))
     };
-    read_rows(&host(policy)?, &host(reference)?, targets, n_candidates)
+    let (policy, reference) = (host(policy)?, host(reference)?);
+    // As slices: a vector of their own would be one more copy of the logits.
+    let policy = policy.as_slice::<f32>().map_err(|error| failed(&error))?;
+    let reference = reference
+        .as_slice::<f32>()
+        .map_err(|error| failed(&error))?;
+    read_rows(policy, reference, targets, n_candidates)
 }
 
 /// [`read_logits`] of rows that lie one after the other in memory, `[rows * vocab]` each.

@@ -5,7 +5,9 @@
   tip.id = "tip"; tip.setAttribute("role", "tooltip"); tip.hidden = true;
   document.body.append(tip);
   const show = (rows, box) => {
-    tip.replaceChildren(...rows.filter(r => r[1] !== "").map(([name, value]) => {
+    tip.replaceChildren(...rows.filter(r => r[1] !== "").map(entry => {
+      if (entry instanceof Element) return entry;
+      const [name, value] = entry;
       const row = document.createElement("div"), key = document.createElement("span"), val = document.createElement("b");
       key.textContent = name; val.textContent = value; row.append(key, val); return row;
     }));
@@ -22,10 +24,10 @@
   const text = t => [...t.childNodes].filter(n => n.nodeType === 3).map(n => n.data).join("");
   const open = t => {
     hide();
-    const parts = t.dataset.d.split(";");
-    const rows = [["token", JSON.stringify(text(t))]];
-    names.forEach((name, i) => rows.push([name, parts[i]]));
-    rows.push(["kind", parts.slice(names.length).join(";")]);
+    // Either the page's script knows the token, or its numbers stand beside it.
+    const parts = (t.dataset.d ?? "").split(";");
+    const rows = t.readout ? t.readout() : [["token", JSON.stringify(text(t))],
+      ...names.map((name, i) => [name, parts[i]]), ["kind", parts.slice(names.length).join(";")]];
     show(rows, t.getClientRects()[0] || t.getBoundingClientRect());
     t.setAttribute("aria-describedby", "tip");
     const group = t.closest(".readouts"), i = [...t.parentNode.children].indexOf(t);

@@ -19,12 +19,17 @@ use crate::tokens;
 /// assert!(html.contains("<title>a &lt; b</title>") && html.contains("x &gt; y"));
 /// ```
 pub fn page(title: &str, body: &str) -> String {
+    page_with(title, body, "", "")
+}
+
+/// [`page`] with more style and script behind its own.
+pub(crate) fn page_with(title: &str, body: &str, css: &str, js: &str) -> String {
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
          <meta name=\"color-scheme\" content=\"light dark\">\n\
          <meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'\">\n\
-         <title>{}</title>\n<style>\n{}{}{}\n</style>\n</head>\n<body>\n{body}\n<script>\n{}</script>\n</body>\n</html>\n",
+         <title>{}</title>\n<style>\n{}{}{}{css}\n</style>\n</head>\n<body>\n{body}\n<script>\n{}{js}</script>\n</body>\n</html>\n",
         escape(title),
         include_str!("page.css"),
         svg::CSS,

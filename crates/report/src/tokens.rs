@@ -133,6 +133,18 @@ impl DivergingScale {
         self.limit
     }
 
+    /// `text` on the colour of `value`, for a terminal; underlined below zero.
+    pub(crate) fn terminal(self, value: f64, text: &str) -> String {
+        let share = (value / self.limit).clamp(-1.0, 1.0);
+        let level = (share * f64::from(LEVELS)).round() as i8;
+        if level == 0 || text.is_empty() {
+            return text.to_owned();
+        }
+        let ([r, g, b], [x, y, z]) = (shade(&LIGHT, level), LIGHT.ink);
+        let underline = if level < 0 { "4;" } else { "" };
+        format!("\x1b[{underline}48;2;{r};{g};{b};38;2;{x};{y};{z}m{text}\x1b[0m")
+    }
+
     /// The colour of `value` as a CSS class; `na` where there is no value.
     fn class(self, value: Option<f64>) -> String {
         let Some(value) = value.filter(|v| !v.is_nan()) else {

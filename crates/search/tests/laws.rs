@@ -774,3 +774,37 @@ fn a_deeper_prompt_is_searched_from_its_own_state() {
     let foreign = Request::new([9], [0], 3);
     assert!(greedy(&mut TabularModel::new(&policy).unwrap(), &foreign).is_err());
 }
+
+/// What `retain` is for: a model need not hold more than the search can still continue.
+#[test]
+fn caches_to_hold_are_those_of_the_running_prefixes_and_not_of_the_whole_search() {
+    let policy = Constant::of(&[0.4, 0.35, 0.249, 0.001]);
+    let request = Request::new([], [3], 200);
+    let most = |run: &dyn Fn(&mut Honest<Policies<'_>>) -> Result<SearchOutput, SearchError>| {
+        let mut model = Honest::new(Policies::new(&policy));
+        let expanded = run(&mut model).unwrap().stats.states_expanded;
+        (model.most_cached, expanded)
+    };
+    let (held, expanded) = most(&|model| greedy(model, &request));
+    assert!(held <= 2 && expanded == 200, "{held} of {expanded}");
+    let config = BeamConfig {
+        width: 5,
+        ..BeamConfig::default()
+    };
+    let (held, expanded) = most(&|model| beam_search(model, &request, &config));
+    assert!(held <= 10 && expanded > 800, "{held} of {expanded}");
+    let draws = SampleConfig {
+        n: 7,
+        ..SampleConfig::default()
+    };
+    let (held, expanded) = most(&|model| sample(model, &request, &draws));
+    assert!(held <= 14 && expanded > 200, "{held} of {expanded}");
+    // Tree search holds its tree: the subtree of what it committed to, here at most 9 more a token.
+    let config = MctsConfig {
+        simulations: 9,
+        backup: Backup::Soft,
+        ..MctsConfig::default()
+    };
+    let (held, expanded) = most(&|model| mcts(model, &request, &config, Leaf::Zero));
+    assert!(held < 100 && expanded > 1500, "{held} of {expanded}");
+}

@@ -103,6 +103,14 @@ pub enum TrainError {
         /// What to do about it.
         reason: String,
     },
+    /// Two models that cannot be compared, or a row that cannot be scored.
+    #[error("{place}: {reason}")]
+    Score {
+        /// The folder, or the row.
+        place: String,
+        /// What was expected and what came.
+        reason: String,
+    },
     /// A device that this build or machine cannot use.
     #[error("device `{name}`: {reason}")]
     Device {

@@ -220,7 +220,7 @@ pub fn sample_completions<P: AsRef<[u32]> + Sync>(
         let options = Generate {
             max_new_tokens,
             eos_ids: eos_ids.to_vec(),
-            decoding: Decoding::Sample(sampling.clone()),
+            decoding: Decoding::Sample(*sampling),
             seed: seed.wrapping_mul(0x9e37_79b9).wrapping_add(index as u64),
         };
         let completions = policy.generate(chunks[index], &options);

@@ -10,6 +10,7 @@
 //! | one training step | [`Learner`] |
 //! | AdamW, clipping | [`AdamW`] |
 //! | held-out judgement | [`evaluate`] |
+//! | rewards of every token of a file | [`score`] |
 //!
 //! ```
 //! let recipe = trainer::Recipe::parse(
@@ -37,6 +38,7 @@ mod recipe;
 pub mod reference;
 mod run;
 mod sampling;
+pub mod score;
 mod stage;
 mod tensorboard;
 mod workers;

@@ -2,12 +2,14 @@
 
 mod cli;
 
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use lm::data::{Boundary, EmptyCompletions, Treatment};
+use trainer::score::{ScoreOptions, score};
 use trainer::{DataRecipe, Recipe, ReferenceCache, RunOptions, Sources, train};
 
 /// Training allocates and frees tensors of megabytes all the time; this allocator keeps their
@@ -36,6 +38,10 @@ enum Command {
     Prefer(cli::PreferArgs),
     /// Let a judge compare two policies: win rate, intervals, and the same at equal length.
     Eval(cli::EvalArgs),
+    /// Read the rewards of every token off a policy and its reference.
+    ///
+    /// Writes a line of JSON for each completion, a page to look at, and a summary.
+    Score(ScoreArgs),
 }
 
 #[derive(Debug, Args)]
@@ -102,6 +108,58 @@ struct TrainArgs {
     device: String,
 }
 
+#[derive(Debug, Args)]
+struct ScoreArgs {
+    /// The policy: a Hugging Face folder.
+    #[arg(long, value_name = "DIR")]
+    policy: PathBuf,
+    /// Its reference: a Hugging Face folder with the same tokens.
+    #[arg(long, value_name = "DIR")]
+    reference: PathBuf,
+    /// Preference pairs or single completions: JSON lines, a JSON array, or Parquet.
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// The folder to write, new or empty.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Reward units per nat [default: of the run that the policy lies in, or 0.1].
+    #[arg(long)]
+    beta: Option<f64>,
+    /// Prompt and completion together are cut to this many tokens.
+    #[arg(long, default_value_t = 1024)]
+    max_length: usize,
+    /// Encode prompt and completion apart, for tokenizers that merge across spaces.
+    #[arg(long)]
+    encode_apart: bool,
+    /// Leave out rows without the columns they need, instead of refusing the file.
+    #[arg(long)]
+    drop_malformed_rows: bool,
+    /// What to do with an empty completion: refuse, drop, or keep (its end of text alone).
+    #[arg(long, value_name = "WAY", default_value = "refuse")]
+    empty_completions: EmptyWay,
+    /// The most rows to score.
+    #[arg(long, value_name = "N")]
+    max_rows: Option<usize>,
+    /// Rows of the data in a batch.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    batch_size: usize,
+    /// Alternatives to keep at each token: the policy's most likely ones.
+    #[arg(long, value_name = "K", default_value_t = 5)]
+    top_k: usize,
+    /// Rows on the page, the first ones.
+    #[arg(long, value_name = "N", default_value_t = 500)]
+    page_rows: usize,
+    /// Rows to print in colour, up to 20.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    show: usize,
+    /// Time the models' forward passes alone on the same batches too.
+    #[arg(long)]
+    bench: bool,
+    /// Where to compute: cpu, wgpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum EmptyWay {
     Refuse,
@@ -123,6 +181,7 @@ fn main() -> ExitCode {
         Command::Sample(args) => args.run(),
         Command::Prefer(args) => args.run(),
         Command::Eval(args) => args.run(),
+        Command::Score(args) => run_score(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -206,11 +265,7 @@ fn recipe(args: &TrainArgs) -> anyhow::Result<Recipe> {
                 } else {
                     Treatment::Refuse
                 },
-                empty_completions: match args.empty_completions {
-                    EmptyWay::Refuse => EmptyCompletions::Refuse,
-                    EmptyWay::Drop => EmptyCompletions::Drop,
-                    EmptyWay::Keep => EmptyCompletions::Keep,
-                },
+                empty_completions: args.empty_completions.into(),
                 boundary: if args.encode_apart {
                     Boundary::Apart
                 } else {
@@ -242,4 +297,64 @@ fn recipe(args: &TrainArgs) -> anyhow::Result<Recipe> {
     }
     recipe.check("command line")?;
     Ok(recipe)
+}
+
+impl From<EmptyWay> for EmptyCompletions {
+    fn from(way: EmptyWay) -> Self {
+        match way {
+            EmptyWay::Refuse => Self::Refuse,
+            EmptyWay::Drop => Self::Drop,
+            EmptyWay::Keep => Self::Keep,
+        }
+    }
+}
+
+fn run_score(args: &ScoreArgs) -> anyhow::Result<()> {
+    let command: Vec<String> = std::env::args().skip(1).collect();
+    let positive = |name: &str, value: usize| {
+        anyhow::ensure!(value > 0, "{name}: expected a number above 0, got 0");
+        Ok(value)
+    };
+    let options = ScoreOptions {
+        policy: args.policy.clone(),
+        reference: args.reference.clone(),
+        data: args.data.clone(),
+        out: args.out.clone(),
+        beta: args
+            .beta
+            .map(dpo_loss::Beta::new)
+            .transpose()
+            .context("--beta")?,
+        max_length: positive("--max-length", args.max_length)?,
+        boundary: if args.encode_apart {
+            Boundary::Apart
+        } else {
+            Boundary::Joined
+        },
+        malformed_rows: if args.drop_malformed_rows {
+            Treatment::Drop
+        } else {
+            Treatment::Refuse
+        },
+        empty_completions: args.empty_completions.into(),
+        max_rows: args
+            .max_rows
+            .map(|n| positive("--max-rows", n))
+            .transpose()?,
+        batch_size: positive("--batch-size", args.batch_size)?,
+        candidates: args.top_k,
+        page_rows: args.page_rows,
+        show: args.show,
+        device: args.device.clone(),
+        bench: args.bench,
+        command: format!("cargo xtask {}", command.join(" ")),
+    };
+    let outcome = score(&options)?;
+    // A reader of the pipe may have had enough.
+    std::io::stdout()
+        .write_all(outcome.terminal(std::io::stdout().is_terminal()).as_bytes())
+        .ok();
+    eprintln!("lines:  {}", args.out.join("scores.jsonl").display());
+    eprintln!("page:   {}", args.out.join("scores.html").display());
+    Ok(())
 }

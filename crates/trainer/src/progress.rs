@@ -22,6 +22,10 @@ pub struct Progress {
 
 impl Progress {
     /// Begins a stage of `total` units, of which `done` were done in an earlier session.
+    #[expect(
+        clippy::missing_panics_doc,
+        reason = "the template is part of the source"
+    )]
     pub fn new(label: &str, unit: &'static str, total: usize, done: usize) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(total as u64);

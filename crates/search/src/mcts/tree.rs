@@ -1,220 +1,32 @@
-//! Tree search: PUCT or Gumbel at the root, three backups, three leaf values.
-
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
+//! The tree: selection, expansion, backup.
 
 use crate::leaf::{Leaf, Start, rollouts, values};
 use crate::space::{Best, Expansion, Seen, Space};
-use crate::{NodeId, PrefixModel, Request, SearchError, SearchOutput, Stopped};
-
-/// Simulations, selection and backup.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct MctsConfig {
-    /// Simulations for each token that is committed to, or in all with [`Commit::AtEnd`].
-    pub simulations: usize,
-    /// Simulations per call of the model. Above 1 a simulation does not know the results of its
-    /// neighbours; that they are under way counts as a visit.
-    pub batch: usize,
-    /// How a prefix's value follows from those below it.
-    pub backup: Backup,
-    /// Whether to commit to a token at a time.
-    pub commit: Commit,
-    /// How the first token of a simulation is chosen.
-    pub root: RootChoice,
-    /// The weight of the prior against the values, PUCT's `c`; 0 follows the values alone.
-    pub exploration: f64,
-    /// Completions returned, with [`Commit::AtEnd`].
-    pub n_best: usize,
-    /// Whether [`SearchStats::root_values`](crate::SearchStats::root_values) is filled.
-    pub trace: bool,
-}
-
-impl Default for MctsConfig {
-    fn default() -> Self {
-        Self {
-            simulations: 64,
-            batch: 1,
-            backup: Backup::Max,
-            commit: Commit::EachToken,
-            root: RootChoice::Puct,
-            exploration: 1.25,
-            n_best: 1,
-            trace: false,
-        }
-    }
-}
-
-/// How a prefix's value follows from those below it; `s` is a token's score and `V` the value after
-/// it, in nats.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Backup {
-    /// `V = max_a (s_a + V_a)`: planning for the one best completion. In the limit the MAP, and with
-    /// [`Leaf::Zero`] best-first search.
-    #[default]
-    Max,
-    /// `V = log Σ_a π_a exp(V_a)`: what KL-regularised planning does. With [`Leaf::Zero`] the root's
-    /// value is the log of the covered mass at every moment, 0 if nothing is pruned, and the tree
-    /// says nothing that the policy did not: search is then a no-op.
-    Soft,
-    /// The mean over simulations, as in `AlphaZero`. Under the policy's own visits it is off by the
-    /// entropy (likelihood) or the divergence (log-ratio).
-    Mean,
-}
-
-/// Whether a search commits to a token at a time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Commit {
-    /// After the simulations of one token the best is taken, its subtree kept, and the search goes on
-    /// from there. The completion so written is returned.
-    #[default]
-    EachToken,
-    /// One tree from the prompt; the best completions that it met are returned.
-    AtEnd,
-}
-
-/// How the first token of a simulation is chosen.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub enum RootChoice {
-    /// As everywhere else in the tree.
-    #[default]
-    Puct,
-    /// As in Gumbel `AlphaZero` (Danihelka et al., 2022): `considered` tokens are drawn without
-    /// replacement from the policy, the simulations shared among them by sequential halving, and the
-    /// winner is the token of the best `gumbel + log π + σ(Q)`.
-    Gumbel {
-        /// Tokens drawn at the root.
-        considered: usize,
-        /// Seed of the draws.
-        seed: u64,
-    },
-}
-
-/// The scale of Gumbel `AlphaZero`'s `σ(Q) = (50 + most visits) * 0.1 * Q`, Q in [0, 1]: the values of
-/// its authors' code (Mctx).
-const GUMBEL_VISITS: f64 = 50.0;
-const GUMBEL_SCALE: f64 = 0.1;
-
-impl MctsConfig {
-    fn check(&self) -> Result<(), SearchError> {
-        let counts = [
-            ("simulations", self.simulations),
-            ("batch", self.batch),
-            ("n_best", self.n_best),
-        ];
-        for (name, value) in counts {
-            if value == 0 {
-                return Err(SearchError::setting(name, 0, "at least 1"));
-            }
-        }
-        if let RootChoice::Gumbel { considered: 0, .. } = self.root {
-            return Err(SearchError::setting("considered", 0, "at least 1"));
-        }
-        if !(self.exploration.is_finite() && self.exploration >= 0.0) {
-            let expected = "a finite number of at least 0";
-            return Err(SearchError::setting(
-                "exploration",
-                self.exploration,
-                expected,
-            ));
-        }
-        Ok(())
-    }
-}
-
-/// The completion, or with [`Commit::AtEnd`] the completions, that tree search finds.
-///
-/// A simulation goes from the root to a prefix that was not expanded yet, by the tokens of the best
-/// `Q + exploration * π * sqrt(visits of the parent) / (1 + visits)`, where Q is the token's own score
-/// and the value after it, scaled to [0, 1] over the tree. That prefix is expanded, valued as `leaf`
-/// says, and the values above it are renewed.
-///
-/// With the max and the soft backup a token is decided by its Q, and a prefix below which everything
-/// is known is not visited again: enough simulations make them exact. With the mean backup it is
-/// decided by visits.
-///
-/// # Errors
-///
-/// A request or configuration out of range, or those of the model and of the value function.
-///
-/// # Examples
-///
-/// ```
-/// use mdp_core::{TabularPolicy, Tree};
-/// use search::{Backup, Commit, Leaf, MctsConfig, Policies, Request, mcts};
-///
-/// // Greedy takes token 0 (0.6) and ends with 0.6 * 0.5; EOS at once has 0.4.
-/// let policy = TabularPolicy::from_probs(Tree::new(2, 2, 1)?, vec![0.6, 0.4, 0.5, 0.5])?;
-/// let request = Request::of(policy.tree());
-/// let best = |backup| {
-///     let config = MctsConfig { simulations: 2, backup, ..MctsConfig::default() };
-///     let output = mcts(&mut Policies::new(&policy), &request, &config, Leaf::Zero)?;
-///     Ok::<_, search::SearchError>(output.completions[0].tokens.clone())
-/// };
-/// // The max backup finds the likeliest completion; the soft one is the policy's own choice.
-/// assert_eq!(best(Backup::Max)?, [1]);
-/// assert_eq!(best(Backup::Soft)?, [0, 0]);
-/// # Ok::<(), search::SearchError>(())
-/// ```
-pub fn mcts<M: PrefixModel + ?Sized>(
-    model: &mut M,
-    request: &Request<'_>,
-    config: &MctsConfig,
-    leaf: Leaf<'_>,
-) -> Result<SearchOutput, SearchError> {
-    config.check()?;
-    leaf.check()?;
-    let mut tree = Mcts {
-        space: Space::new(model, request)?,
-        nodes: vec![Node::new(0.0, 0.0, false)],
-        config,
-        leaf,
-        best: Best::new(config.n_best),
-        range: None,
-        streams: 0,
-    };
-    let mut root = NodeId::ROOT;
-    loop {
-        let decided = tree.search(root)?;
-        match (config.commit, decided) {
-            (Commit::EachToken, Some(next)) if tree.space.stats.stopped == Stopped::Done => {
-                root = next;
-                tree.space.retain(&[root]);
-                if tree.space.end(root).is_some() {
-                    break;
-                }
-            }
-            _ => break,
-        }
-    }
-    Ok(tree.finish(root))
-}
+use crate::{
+    Backup, Commit, MctsConfig, NodeId, PrefixModel, RootChoice, SearchError, SearchOutput, Stopped,
+};
 
 /// What the search knows of a prefix.
 #[derive(Clone, Copy, Debug)]
-struct Node {
+pub(super) struct Node {
     /// The first child; children are numbered in a row.
     first: u32,
     /// Children; 0 before it is expanded, and if nothing may follow.
     count: u32,
-    visits: u32,
+    pub(super) visits: u32,
     /// Simulations under way.
     pending: u16,
     expanded: bool,
     /// Whether a leaf value or a search stands behind `value`.
-    evaluated: bool,
+    pub(super) evaluated: bool,
     /// Whether everything below is known.
     solved: bool,
     /// `log π` of the last token, in nats.
-    logp: f64,
+    pub(super) logp: f64,
     /// Score of the last token, in nats.
     step: f64,
     /// The score still to come, in nats.
-    value: f64,
+    pub(super) value: f64,
     /// Its leaf value at first, in nats; with the mean backup the sum over visits.
     total: f64,
     /// The share of the policy's mass that was not pruned below.
@@ -239,19 +51,19 @@ impl Node {
         }
     }
 
-    fn q(&self) -> f64 {
+    pub(super) fn q(&self) -> f64 {
         self.step + self.value
     }
 
-    fn children(&self) -> std::ops::Range<usize> {
+    pub(super) fn children(&self) -> std::ops::Range<usize> {
         self.first as usize..(self.first + self.count) as usize
     }
 }
 
-struct Mcts<'s, 'l, M: ?Sized> {
-    space: Space<'s, M>,
-    nodes: Vec<Node>,
-    config: &'s MctsConfig,
+pub(super) struct Mcts<'s, 'l, M: ?Sized> {
+    pub(super) space: Space<'s, M>,
+    pub(super) nodes: Vec<Node>,
+    pub(super) config: &'s MctsConfig,
     leaf: Leaf<'l>,
     /// Completions met.
     best: Best,
@@ -266,9 +78,28 @@ struct Walk {
     path: Vec<NodeId>,
 }
 
-impl<M: PrefixModel + ?Sized> Mcts<'_, '_, M> {
-    /// Runs the simulations of one token and returns the child decided for.
-    fn search(&mut self, root: NodeId) -> Result<Option<NodeId>, SearchError> {
+impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
+    pub(super) fn new(space: Space<'s, M>, config: &'s MctsConfig, leaf: Leaf<'l>) -> Self {
+        Self {
+            space,
+            nodes: vec![Node::new(0.0, 0.0, false)],
+            config,
+            leaf,
+            best: Best::new(config.n_best),
+            range: None,
+            streams: 0,
+        }
+    }
+
+    /// Gives up everything that is not below `root`; returns whether there is something to search.
+    pub(super) fn descend(&mut self, root: NodeId) -> bool {
+        self.space.retain(&[root]);
+        self.space.end(root).is_none()
+    }
+
+    /// Runs the simulations of one token and returns the child decided for; `None` if the search
+    /// must stop, or nothing may follow.
+    pub(super) fn search(&mut self, root: NodeId) -> Result<Option<NodeId>, SearchError> {
         if !self.node(root).expanded && !self.run(vec![Walk { path: vec![root] }])? {
             return Ok(None);
         }
@@ -277,14 +108,14 @@ impl<M: PrefixModel + ?Sized> Mcts<'_, '_, M> {
         }
         match self.config.root {
             RootChoice::Puct => {
-                self.simulate(root, self.config.simulations, None)?;
-                Ok(self.decide(root))
+                let done = self.simulate(root, self.config.simulations, None)?;
+                Ok(self.decide(root).filter(|_| done))
             }
             RootChoice::Gumbel { considered, seed } => self.gumbel(root, considered, seed),
         }
     }
 
-    fn node(&self, node: NodeId) -> &Node {
+    pub(super) fn node(&self, node: NodeId) -> &Node {
         &self.nodes[node.index()]
     }
 
@@ -293,7 +124,7 @@ impl<M: PrefixModel + ?Sized> Mcts<'_, '_, M> {
     }
 
     /// Runs up to `n` simulations, through `child` if given; returns whether the search may go on.
-    fn simulate(
+    pub(super) fn simulate(
         &mut self,
         root: NodeId,
         n: usize,
@@ -459,7 +290,7 @@ impl<M: PrefixModel + ?Sized> Mcts<'_, '_, M> {
     }
 
     /// Q in [0, 1] over those seen.
-    fn scaled(&self, q: f64) -> f64 {
+    pub(super) fn scaled(&self, q: f64) -> f64 {
         match self.range {
             Some((low, high)) if high > low => (q - low) / (high - low),
             _ => 0.0,
@@ -700,56 +531,7 @@ impl<M: PrefixModel + ?Sized> Mcts<'_, '_, M> {
         best.map(|at| NodeId(at as u32))
     }
 
-    /// Sequential halving among tokens drawn without replacement.
-    fn gumbel(
-        &mut self,
-        root: NodeId,
-        considered: usize,
-        seed: u64,
-    ) -> Result<Option<NodeId>, SearchError> {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(self.space.tree.depth(root) as u64);
-        let mut drawn: Vec<(f64, NodeId)> = Vec::new();
-        for child in self.node(root).children() {
-            let uniform: f64 = rng.random();
-            // A draw of exactly 0 would be minus infinity twice over.
-            let gumbel = -(-uniform.max(f64::MIN_POSITIVE).ln()).ln();
-            drawn.push((gumbel + self.nodes[child].logp, NodeId(child as u32)));
-        }
-        // Largest first: the k largest of logits plus Gumbel noise are k draws without replacement.
-        drawn.sort_by(|a, b| b.0.total_cmp(&a.0));
-        drawn.truncate(considered);
-        let phases = drawn.len().next_power_of_two().trailing_zeros().max(1) as usize;
-        let mut left = self.config.simulations;
-        for phase in 0..phases {
-            let share = (left / ((phases - phase) * drawn.len())).max(1);
-            for &(_, child) in &drawn {
-                let n = share.min(left);
-                if n > 0 && !self.simulate(root, n, Some(child))? {
-                    return Ok(None);
-                }
-                left -= n;
-            }
-            let ranked = |(draw, child): (f64, NodeId)| draw + self.sigma(root, child);
-            drawn.sort_by(|&a, &b| ranked(b).total_cmp(&ranked(a)));
-            drawn.truncate(drawn.len().div_ceil(2));
-        }
-        Ok(drawn.first().map(|&(_, child)| child))
-    }
-
-    /// Gumbel `AlphaZero`'s monotone transform of a token's Q.
-    fn sigma(&self, root: NodeId, child: NodeId) -> f64 {
-        let visits = self.node(root).children().map(|at| self.nodes[at].visits);
-        let most = f64::from(visits.max().unwrap_or(0));
-        let q = if self.node(child).evaluated {
-            self.node(child).q()
-        } else {
-            self.node(root).value
-        };
-        (GUMBEL_VISITS + most) * GUMBEL_SCALE * self.scaled(q)
-    }
-
-    fn finish(mut self, committed: NodeId) -> SearchOutput {
+    pub(super) fn finish(mut self, committed: NodeId) -> SearchOutput {
         let whole = self.space.end(committed).is_some();
         let found = match self.config.commit {
             Commit::EachToken if whole => vec![committed],

@@ -1,0 +1,462 @@
+//! What is written of a scored row: lines of JSON, a row of the page, figures to add up.
+
+use std::sync::OnceLock;
+
+use dpo_loss::Beta;
+use implicit_reward::{TokenReadout, running_sums};
+use lm::data::DataReport;
+use lm::tokenizer::{Tokenizer, TokenizerError};
+use report::{Card, ScorePage, ScoredCompletion, ScoredRow, ScoredToken, TokenScores};
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::ScoreOptions;
+use super::read::RowReadouts;
+use super::rows::{Item, Side};
+
+/// Readable texts of token ids, made when they are first asked for.
+#[derive(Debug)]
+pub(super) struct Vocabulary<'a> {
+    tokenizer: &'a Tokenizer,
+    words: Vec<OnceLock<String>>,
+}
+
+impl<'a> Vocabulary<'a> {
+    pub(super) fn new(tokenizer: &'a Tokenizer, vocab_size: usize) -> Self {
+        Self {
+            tokenizer,
+            words: (0..vocab_size).map(|_| OnceLock::new()).collect(),
+        }
+    }
+
+    /// The text of one id; the vocabulary's own spelling where it is no text by itself.
+    pub(super) fn word(&self, id: u32) -> &str {
+        self.words[id as usize].get_or_init(|| {
+            let stored = self.tokenizer.token(id).unwrap_or_default();
+            let text = self.tokenizer.decode(&[id], false).unwrap_or_default();
+            if text.is_empty() || text.contains('\u{fffd}') {
+                return stored;
+            }
+            // Some decoders drop the space before the first word of a text.
+            let spaced = stored.starts_with('\u{2581}') && !text.starts_with(' ');
+            if spaced { format!(" {text}") } else { text }
+        })
+    }
+}
+
+/// A completion as a line of `scores.jsonl`; the arrays have an entry for each token.
+#[derive(Serialize)]
+struct Line<'a> {
+    row: usize,
+    side: &'static str,
+    prompt: &'a str,
+    /// Reward units; the sum of `rewards`.
+    reward: f64,
+    /// Chosen less rejected, reward units.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    margin: Option<f64>,
+    policy_logp: f64,
+    reference_logp: f64,
+    n_scored: usize,
+    ids: &'a [u32],
+    tokens: &'a [String],
+    policy_logps: Vec<Option<f32>>,
+    reference_logps: Vec<Option<f32>>,
+    rewards: Vec<Option<f32>>,
+    running_rewards: Vec<f32>,
+    max_ent_advantages: Vec<Option<f32>>,
+    policy_entropies: Vec<Option<f32>>,
+    policy_kls: Vec<Option<f32>>,
+    reference_kls: Vec<Option<f32>>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    alternatives: Vec<Option<Alternatives<'a>>>,
+}
+
+#[derive(Serialize)]
+struct Alternatives<'a> {
+    ids: Vec<u32>,
+    tokens: Vec<&'a str>,
+    policy_logps: Vec<f32>,
+    reference_logps: Vec<f32>,
+    rewards: Vec<f32>,
+}
+
+/// What is written of a row.
+#[derive(Clone, Debug)]
+pub(super) struct Written {
+    /// A line for each completion.
+    pub lines: String,
+    /// The row of the page, if it has room.
+    pub row: Option<ScoredRow>,
+    pub figures: Figures,
+}
+
+impl Written {
+    pub(super) fn new(
+        item: &Item,
+        readouts: &RowReadouts,
+        beta: Beta,
+        (tokenizer, vocabulary): (&Tokenizer, &Vocabulary<'_>),
+        for_page: bool,
+    ) -> Result<Self, TokenizerError> {
+        let n_prompt = item.prompt_ids.len();
+        let mut prompt = String::new();
+        let mut texts = Vec::with_capacity(item.sides.len());
+        for side in &item.sides {
+            // A completion's tokens are read behind their prompt: spaces and letters of several
+            // tokens come out as in the text.
+            let ids: Vec<u32> = item.prompt_ids.iter().chain(&side.ids).copied().collect();
+            let mut pieces = tokenizer.decode_pieces(&ids)?;
+            texts.push(pieces.split_off(n_prompt));
+            prompt = pieces.concat();
+        }
+        let totals: Vec<Total> = readouts
+            .iter()
+            .map(|tokens| Total::of(tokens, beta))
+            .collect();
+        let margin = match &totals[..] {
+            [chosen, rejected] => Some(chosen.reward - rejected.reward),
+            _ => None,
+        };
+        let mut lines = String::new();
+        for (((side, tokens), texts), total) in
+            item.sides.iter().zip(readouts).zip(&texts).zip(&totals)
+        {
+            let line = line(
+                (item, side, &prompt),
+                (tokens, texts),
+                (total, margin),
+                beta,
+                vocabulary,
+            );
+            lines += &serde_json::to_string(&line).expect("numbers and texts are JSON");
+            lines.push('\n');
+        }
+        let row = for_page.then(|| ScoredRow {
+            name: item.place.clone(),
+            prompt,
+            completions: item
+                .sides
+                .iter()
+                .zip(readouts)
+                .zip(texts)
+                .zip(&totals)
+                .map(|(((side, tokens), texts), total)| completion(side, tokens, texts, total))
+                .collect(),
+        });
+        Ok(Self {
+            lines,
+            row,
+            figures: Figures::of(&totals, margin),
+        })
+    }
+}
+
+fn line<'a>(
+    (item, side, prompt): (&Item, &'a Side, &'a str),
+    (tokens, texts): (&[Option<TokenReadout>], &'a [String]),
+    (total, margin): (&Total, Option<f64>),
+    beta: Beta,
+    vocabulary: &'a Vocabulary<'_>,
+) -> Line<'a> {
+    let column = |of: &dyn Fn(&TokenReadout) -> f64| -> Vec<Option<f32>> {
+        let tokens = tokens.iter();
+        tokens.map(|t| t.as_ref().map(|t| of(t) as f32)).collect()
+    };
+    // A token that is not scored earns nothing: the policy did not choose it.
+    let rewards: Vec<f64> = tokens
+        .iter()
+        .map(|t| t.as_ref().map_or(0.0, |t| t.implicit_reward(beta)))
+        .collect();
+    let alternatives = |token: &TokenReadout| {
+        let candidates = &token.candidates;
+        Alternatives {
+            ids: candidates.iter().map(|c| c.id).collect(),
+            tokens: candidates.iter().map(|c| vocabulary.word(c.id)).collect(),
+            policy_logps: candidates.iter().map(|c| c.policy_logp as f32).collect(),
+            reference_logps: candidates.iter().map(|c| c.reference_logp as f32).collect(),
+            rewards: candidates
+                .iter()
+                .map(|c| c.advantage(beta) as f32)
+                .collect(),
+        }
+    };
+    let any = tokens.iter().flatten().any(|t| !t.candidates.is_empty());
+    Line {
+        row: item.row,
+        side: side.name,
+        prompt,
+        reward: total.reward,
+        margin,
+        policy_logp: total.policy_logp,
+        reference_logp: total.reference_logp,
+        n_scored: total.n_scored,
+        ids: &side.ids,
+        tokens: texts,
+        policy_logps: column(&|t| t.policy_logp),
+        reference_logps: column(&|t| t.reference_logp),
+        rewards: column(&|t| t.implicit_reward(beta)),
+        running_rewards: running_sums(&rewards)
+            .into_iter()
+            .map(|x| x as f32)
+            .collect(),
+        max_ent_advantages: column(&|t| t.max_ent_advantage(beta)),
+        policy_entropies: column(&|t| t.policy_entropy),
+        policy_kls: column(&|t| t.policy_kl),
+        reference_kls: column(&|t| t.reference_kl),
+        alternatives: if any {
+            tokens
+                .iter()
+                .map(|t| t.as_ref().map(alternatives))
+                .collect()
+        } else {
+            Vec::new()
+        },
+    }
+}
+
+fn completion(
+    side: &Side,
+    tokens: &[Option<TokenReadout>],
+    texts: Vec<String>,
+    total: &Total,
+) -> ScoredCompletion {
+    let readout = |token: &TokenReadout| TokenScores {
+        policy_logp: token.policy_logp,
+        reference_logp: token.reference_logp,
+        entropy: token.policy_entropy,
+        kl: token.policy_kl,
+        alternatives: token
+            .candidates
+            .iter()
+            .map(|c| (c.id, c.policy_logp, c.reference_logp))
+            .collect(),
+    };
+    ScoredCompletion {
+        label: side.name.to_string(),
+        total: total.reward,
+        tokens: side
+            .ids
+            .iter()
+            .zip(tokens)
+            .zip(texts)
+            .map(|((&id, token), text)| ScoredToken {
+                text,
+                id,
+                readout: token.as_ref().map(readout),
+            })
+            .collect(),
+    }
+}
+
+/// Sums over the scored tokens of a completion.
+#[derive(Clone, Copy, Debug, Default)]
+struct Total {
+    n_scored: usize,
+    reward: f64,
+    policy_logp: f64,
+    reference_logp: f64,
+    entropy: f64,
+    policy_kl: f64,
+    reference_kl: f64,
+}
+
+impl Total {
+    fn of(tokens: &[Option<TokenReadout>], beta: Beta) -> Self {
+        let mut total = Self::default();
+        for token in tokens.iter().flatten() {
+            total.n_scored += 1;
+            total.reward += token.implicit_reward(beta);
+            total.policy_logp += token.policy_logp;
+            total.reference_logp += token.reference_logp;
+            total.entropy += token.policy_entropy;
+            total.policy_kl += token.policy_kl;
+            total.reference_kl += token.reference_kl;
+        }
+        total
+    }
+}
+
+/// Sums over rows, for the summary.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Figures {
+    n_rows: usize,
+    n_pairs: usize,
+    n_completions: usize,
+    /// Pairs whose chosen completion has strictly more reward.
+    n_ahead: usize,
+    margin: f64,
+    /// By side: the first completion of each row, and the second.
+    rewards: [f64; 2],
+    all: Total,
+}
+
+impl Figures {
+    fn of(totals: &[Total], margin: Option<f64>) -> Self {
+        let mut figures = Self {
+            n_rows: 1,
+            n_pairs: usize::from(margin.is_some()),
+            n_completions: totals.len(),
+            n_ahead: usize::from(margin.is_some_and(|margin| margin > 0.0)),
+            margin: margin.unwrap_or(0.0),
+            ..Self::default()
+        };
+        for (total, reward) in totals.iter().zip(&mut figures.rewards) {
+            *reward = total.reward;
+            figures.all.add(total);
+        }
+        figures
+    }
+
+    pub(super) fn add(&mut self, other: &Self) {
+        self.n_rows += other.n_rows;
+        self.n_pairs += other.n_pairs;
+        self.n_completions += other.n_completions;
+        self.n_ahead += other.n_ahead;
+        self.margin += other.margin;
+        for (sum, reward) in self.rewards.iter_mut().zip(other.rewards) {
+            *sum += reward;
+        }
+        self.all.add(&other.all);
+    }
+
+    pub(super) fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    pub(super) fn n_tokens(&self) -> usize {
+        self.all.n_scored
+    }
+
+    pub(super) fn summary(&self, beta: Beta) -> Map<String, Value> {
+        let mut summary = Map::new();
+        let mut add = |key: &str, value: Value| summary.insert(key.to_string(), value);
+        let rows = self.n_rows.max(1) as f64;
+        let tokens = self.all.n_scored.max(1) as f64;
+        add("beta", beta.get().into());
+        add("rows", self.n_rows.into());
+        add("completions", self.n_completions.into());
+        add("tokens", self.all.n_scored.into());
+        if self.n_pairs > 0 {
+            let pairs = self.n_pairs as f64;
+            add("rewards/chosen", (self.rewards[0] / pairs).into());
+            add("rewards/rejected", (self.rewards[1] / pairs).into());
+            add("rewards/margins", (self.margin / pairs).into());
+            add("rewards/accuracies", (self.n_ahead as f64 / pairs).into());
+        } else {
+            add("rewards", (self.rewards[0] / rows).into());
+        }
+        add("reward_per_token", (self.all.reward / tokens).into());
+        add(
+            "policy_logp_per_token",
+            (self.all.policy_logp / tokens).into(),
+        );
+        add(
+            "reference_logp_per_token",
+            (self.all.reference_logp / tokens).into(),
+        );
+        add(
+            "policy_entropy_per_token",
+            (self.all.entropy / tokens).into(),
+        );
+        add("policy_kl_per_token", (self.all.policy_kl / tokens).into());
+        add(
+            "reference_kl_per_token",
+            (self.all.reference_kl / tokens).into(),
+        );
+        summary
+    }
+}
+
+impl Total {
+    fn add(&mut self, other: &Self) {
+        self.n_scored += other.n_scored;
+        self.reward += other.reward;
+        self.policy_logp += other.policy_logp;
+        self.reference_logp += other.reference_logp;
+        self.entropy += other.entropy;
+        self.policy_kl += other.policy_kl;
+        self.reference_kl += other.reference_kl;
+    }
+}
+
+/// The page of the first rows.
+pub(super) fn page(
+    page: &ScorePage,
+    options: &ScoreOptions,
+    summary: &Map<String, Value>,
+    report: &DataReport,
+    n_rows: usize,
+) -> String {
+    let number = |key: &str| summary.get(key).and_then(Value::as_f64);
+    let mut cards = Vec::new();
+    let mut card = |label: &str, value: Option<String>, note: &str| {
+        cards.extend(value.map(|value| Card {
+            label: label.into(),
+            value,
+            note: note.into(),
+        }));
+    };
+    let signed = |key: &str| number(key).map(|x| format!("{x:+.3}").replace('-', "\u{2212}"));
+    let share = number("rewards/accuracies").map(|x| format!("{:.1}%", 100.0 * x));
+    let ahead = "share of pairs whose chosen completion has more reward";
+    card("Chosen ahead", share, ahead);
+    card(
+        "Mean margin (reward units)",
+        signed("rewards/margins"),
+        "chosen less rejected",
+    );
+    card(
+        "Mean reward of chosen",
+        signed("rewards/chosen"),
+        "reward units",
+    );
+    card(
+        "Mean reward of rejected",
+        signed("rewards/rejected"),
+        "reward units",
+    );
+    card(
+        "Mean reward",
+        signed("rewards"),
+        "reward units a completion",
+    );
+    let kl = number("policy_kl_per_token").map(|x| format!("{x:.4}"));
+    card(
+        "KL from the reference",
+        kl,
+        "nats a token, at the states of this file",
+    );
+    let tokens = number("tokens").map(|x| format!("{x:.0}"));
+    let rate = number("tokens_per_second").map(|x| format!("{x:.0} a second"));
+    card("Tokens scored", tokens, &rate.unwrap_or_default());
+
+    let mut notes = vec![
+        "A token's reward is \u{3b2} log(policy/reference): at an optimum its reward plus the \
+         change of the soft value, not its reward alone. Rewards of different prompts have no \
+         common origin."
+            .to_string(),
+    ];
+    if page.n_rows() < n_rows {
+        notes.push(format!(
+            "The first {} of {n_rows} rows are shown; scores.jsonl holds all.",
+            page.n_rows()
+        ));
+    }
+    if report.n_dropped() > 0 {
+        notes.push(format!("Rows left out: {}.", report.drop_summary()));
+    }
+    let subtitle = format!(
+        "{}\npolicy {}, reference {}, \u{3b2} {}",
+        options.command,
+        options.policy.display(),
+        options.reference.display(),
+        number("beta").unwrap_or_default()
+    );
+    let name = options
+        .data
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy();
+    page.to_html(&format!("Scores of {name}"), &subtitle, &cards, &notes)
+}
