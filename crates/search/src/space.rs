@@ -510,28 +510,20 @@ impl Best {
         }
     }
 
-    /// Puts in a completion; returns the score that fell out, if one did.
-    pub(crate) fn add(&mut self, score: f64, node: NodeId) -> Option<f64> {
+    pub(crate) fn add(&mut self, score: f64, node: NodeId) {
         let at = self.found.partition_point(|&(known, _)| known >= score);
-        if at >= self.n {
-            return Some(score);
-        }
-        self.found.insert(at, (score, node));
-        if self.found.len() > self.n {
-            self.found.pop().map(|(score, _)| score)
-        } else {
-            None
+        if at < self.n {
+            self.found.insert(at, (score, node));
+            self.found.truncate(self.n);
         }
     }
 
-    /// Puts in many at once, at less than `add` for each; returns the best score that fell out.
-    pub(crate) fn extend(&mut self, found: Vec<(f64, NodeId)>) -> Option<f64> {
+    /// Puts in many at once, at less than `add` for each.
+    pub(crate) fn extend(&mut self, found: Vec<(f64, NodeId)>) {
         self.found.extend(found);
         // Stable, so the earlier stays first among equals.
         self.found.sort_by(|a, b| b.0.total_cmp(&a.0));
-        let fell_out = self.found.get(self.n).map(|&(score, _)| score);
         self.found.truncate(self.n);
-        fell_out
     }
 
     pub(crate) fn is_full(&self) -> bool {

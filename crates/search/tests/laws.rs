@@ -202,6 +202,10 @@ fn a_budget_is_passed_by_less_than_one_batch() {
             let output = run_search(which, model, &request).unwrap();
             let stats = &output.stats;
             assert!(stats.states_expanded < tokens + stats.largest_batch.max(1));
+            // Where the batch can be cut to the budget, it is.
+            if [0, 5, 6, 8].contains(&which) {
+                assert!(stats.states_expanded <= tokens, "search {which}");
+            }
             assert_eq!(
                 stats.stopped == Stopped::Done,
                 stats.states_expanded == whole.states_expanded
@@ -397,6 +401,28 @@ proptest! {
                 prop_assert_eq!((&found.tokens, found.end), (tokens, *end));
             }
         }
+        // What is left out by `top_k`, too, is bounded, and what is found is allowed.
+        for top_k in 1..4 {
+            let request = Request { top_k: Some(top_k), ..request.clone() };
+            let config = BestFirstConfig { n_best: 1000, batch: 2 };
+            let all = best_first(&mut model(), &request, &config).unwrap();
+            let whole = all.completions.iter().filter(|found| found.end != End::Unfinished);
+            let mass: f64 = whole.map(|found| found.logp.exp()).sum();
+            if !processed {
+                // Dead ends hold mass as well, and constraints can make them.
+                prop_assert!(all.stats.covered_mass >= mass - IDENTITY);
+            }
+            for which in [0, 3, 5, 9] {
+                let output = run_search(which, &mut model(), &request).unwrap();
+                let (Some(bound), Some((_, best, _))) = (output.upper_bound, expected.first()) else {
+                    continue;
+                };
+                prop_assert!(bound >= best - IDENTITY, "{which}: {bound} is below {best}");
+                if output.is_optimal() {
+                    prop_assert!((output.best().unwrap().score - best).abs() < IDENTITY);
+                }
+            }
+        }
         // Every other search returns something allowed, or says that it did not finish.
         for which in 0..N_SEARCHES {
             let output = run_search(which, &mut model(), &request).unwrap();
@@ -407,6 +433,23 @@ proptest! {
                 prop_assert!(known || found.end == End::Unfinished, "{which}: {found:?}");
             }
         }
+    }
+
+    #[test]
+    fn covered_mass_is_the_probability_of_what_can_still_be_found(
+        seed in 0..1000_u64, top_k in 1..5_usize,
+    ) {
+        let policy = random_policy(seed);
+        let request = Request { top_k: Some(top_k), ..Request::of(policy.tree()) };
+        let config = BestFirstConfig { n_best: 1000, batch: 3 };
+        let model = || Honest::new(Policies::new(&policy));
+        let all = best_first(&mut model(), &request, &config).unwrap();
+        let mass: f64 = all.completions.iter().map(|found| found.logp.exp()).sum();
+        prop_assert!((all.stats.covered_mass - mass).abs() < IDENTITY);
+        let wide = BeamConfig { width: 1000, n_best: 1000, ..BeamConfig::default() };
+        let beam = beam_search(&mut model(), &request, &wide).unwrap();
+        prop_assert!((beam.stats.covered_mass - mass).abs() < IDENTITY);
+        prop_assert_eq!(beam.completions.len(), all.completions.len());
     }
 
     #[test]
@@ -477,7 +520,7 @@ proptest! {
         prop_assert_eq!(&draw(n, 1.0, None, 1.0)[..], &draw(12, 1.0, None, 1.0)[..n]);
         // Cold, or cut to one token, drawing is greedy.
         let expected = greedy(&mut Policies::new(&policy), &request).unwrap().completions;
-        for drawn in [draw(n, 1e-4, None, 1.0), draw(n, 1.0, Some(1), 1.0), draw(n, 1.0, None, 1e-9)] {
+        for drawn in [draw(n, 1e-9, None, 1.0), draw(n, 1.0, Some(1), 1.0), draw(n, 1.0, None, 1e-9)] {
             prop_assert!(drawn.iter().all(|tokens| *tokens == expected[0].tokens));
         }
     }

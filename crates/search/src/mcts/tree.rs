@@ -138,7 +138,8 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
             if self.budget_spent() {
                 return Ok(false);
             }
-            let limit = self.config.batch.min(left).min(self.simulations_left());
+            let limits = [left, self.simulations_left(), self.space.room().max(1)];
+            let limit = limits.into_iter().fold(self.config.batch, usize::min);
             let walks = self.select(root, child, limit);
             if walks.is_empty() {
                 return Ok(true);
