@@ -943,7 +943,8 @@ fn rollouts_value_a_prefix_by_the_score_to_come_and_not_by_the_score_so_far() {
 
 #[test]
 fn the_max_backup_keeps_the_best_rollout_and_the_mean_backup_their_mean() {
-    let policy = Constant::of(&[0.6, 0.3, 0.1]);
+    // Ending at once is possible, and worse than any rollout.
+    let policy = Constant::of(&[0.6, 0.3999, 0.0001]);
     let request = Request {
         budget: Budget {
             simulations: Some(1),
@@ -973,4 +974,40 @@ fn the_max_backup_keeps_the_best_rollout_and_the_mean_backup_their_mean() {
     assert_close(best, completions[0].score, IDENTITY);
     let (mean, _) = root(Backup::Mean);
     assert!(mean < best - IDENTITY && mean > -20.0, "{mean} and {best}");
+}
+
+#[test]
+fn a_dead_end_is_no_completion_however_likely_its_prefix() {
+    let dead_end = |state: &[u32], logps: &mut [f64]| {
+        if state == [0] {
+            logps.fill(f64::NEG_INFINITY);
+        }
+    };
+    let request = Request {
+        constraints: Constraints {
+            processor: Some(&dead_end),
+            ..Constraints::default()
+        },
+        ..Request::new([], [2], 2)
+    };
+    for (backup, commit) in [
+        (Backup::Max, Commit::AtEnd),
+        (Backup::Max, Commit::EachToken),
+        (Backup::Soft, Commit::EachToken),
+    ] {
+        let config = MctsConfig {
+            backup,
+            commit,
+            trace: true,
+            ..MctsConfig::default()
+        };
+        let output = mcts(&mut Policies::new(&TwoRoads), &request, &config, Leaf::Zero).unwrap();
+        assert_eq!(output.completions[0].tokens, [1, 2]);
+        // The other road's 0.6 is worth nothing to the best, and to the covered mass.
+        assert_close(
+            *output.stats.root_values.last().unwrap(),
+            0.4_f64.ln(),
+            IDENTITY,
+        );
+    }
 }
