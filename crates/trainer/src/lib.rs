@@ -11,6 +11,7 @@
 //! | AdamW, clipping | [`AdamW`] |
 //! | held-out judgement | [`evaluate`] |
 //! | rewards of every token of a file | [`score`] |
+//! | experiments on the paper's claims | [`reproduce`] |
 //!
 //! ```
 //! let recipe = trainer::Recipe::parse(
@@ -36,6 +37,7 @@ mod prepare;
 mod progress;
 mod recipe;
 pub mod reference;
+pub mod reproduce;
 mod run;
 mod sampling;
 pub mod score;

@@ -42,6 +42,8 @@ enum Command {
     ///
     /// Writes a line of JSON for each completion, a page to look at, and a summary.
     Score(ScoreArgs),
+    /// Run an experiment on a claim of the paper.
+    Reproduce(cli::ReproduceArgs),
 }
 
 #[derive(Debug, Args)]
@@ -182,6 +184,10 @@ fn main() -> ExitCode {
         Command::Prefer(args) => args.run(),
         Command::Eval(args) => args.run(),
         Command::Score(args) => run_score(&args),
+        Command::Reproduce(args) => {
+            let command: Vec<String> = std::env::args().skip(1).collect();
+            args.run(format!("cargo xtask {}", command.join(" ")))
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,6 +2,7 @@
 
 mod eval;
 mod prefer;
+mod reproduce;
 mod sample;
 
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use trainer::{PromptSource, SampleOptions};
 
 pub(crate) use eval::EvalArgs;
 pub(crate) use prefer::PreferArgs;
+pub(crate) use reproduce::ReproduceArgs;
 pub(crate) use sample::SampleArgs;
 
 /// Which prompts.
