@@ -1,5 +1,7 @@
 //! Figures of an experiment: ranking, correlation, intervals over seeds.
 
+use std::cmp::Ordering;
+
 use serde::{Deserialize, Serialize};
 use statrs::distribution::{ContinuousCDF, StudentsT};
 
@@ -30,8 +32,8 @@ pub fn auroc_of_low(positives: &[f64], negatives: &[f64]) -> Option<f64> {
     all.sort_by(|a, b| b.0.total_cmp(&a.0));
     // Downwards: how many negatives stand above each positive.
     let (mut above, mut wins) = (0.0, 0.0);
-    // `-0.0 == 0.0`, though `total_cmp` tells them apart: the two lie side by side all the same.
-    for tied in all.chunk_by(|a, b| a.0 >= b.0 && a.0 <= b.0) {
+    // Zeros of either sign tie, though `total_cmp` tells them apart: they lie side by side.
+    for tied in all.chunk_by(|a, b| a.0.partial_cmp(&b.0) == Some(Ordering::Equal)) {
         let n_positive = tied.iter().filter(|(_, positive)| *positive).count() as f64;
         let n_negative = tied.len() as f64 - n_positive;
         wins += n_positive * (above + 0.5 * n_negative);

@@ -103,16 +103,19 @@ mod tests {
     fn copies_differ_at_their_sites_alone_and_cost_what_a_contradiction_costs() {
         let task = MemoTask::new(MemoConfig::default()).unwrap();
         let copies = Copies::draw(&task, 40, 3).unwrap();
+        let contradicts = |completion: &Completion, at: usize| {
+            (completion.rewards[at] - task.config().weights.contradiction).abs() < f64::EPSILON
+        };
         for copy in &copies.single {
             assert_eq!(changed(&copy.good, &copy.bad), [copy.site]);
-            assert_eq!(copy.bad.rewards[copy.site], -1.0);
+            assert!(contradicts(&copy.bad, copy.site));
         }
         for copy in &copies.double {
             assert!(copy.first < copy.second);
             assert_eq!(changed(&copy.alone, &copy.both), [copy.first]);
             assert_eq!(copy.both.ids[copy.second], copy.alone.ids[copy.second]);
-            assert_eq!(copy.both.rewards[copy.first], -1.0);
-            assert_eq!(copy.both.rewards[copy.second], -1.0);
+            assert!(contradicts(&copy.both, copy.first));
+            assert!(contradicts(&copy.both, copy.second));
         }
     }
 }

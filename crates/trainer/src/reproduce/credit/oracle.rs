@@ -130,3 +130,56 @@ fn rollouts(
     }
     returns
 }
+
+#[cfg(test)]
+mod tests {
+    use lm::{LlamaShape, ModelConfig};
+    use memo_task::{MemoConfig, Split};
+
+    use super::*;
+
+    #[test]
+    fn advantages_add_up_to_the_reward_less_the_value_of_the_prompt() {
+        let task = MemoTask::new(MemoConfig::default()).unwrap();
+        let shape = LlamaShape {
+            vocab_size: task.vocab_size(),
+            hidden_size: 8,
+            intermediate_size: 8,
+            n_layers: 1,
+            n_heads: 2,
+            n_kv_heads: 2,
+            max_positions: 128,
+            tied: true,
+            eos_id: task.eos_id(),
+            pad_id: task.pad_id(),
+        };
+        let config = ModelConfig::llama(&shape).unwrap();
+        let model = Transformer::init(config, 1, &burn::tensor::Device::default()).unwrap();
+        let mut options = CreditOptions::standard("unused".into()).unwrap();
+        options.rollouts = 4;
+        if let Some(task) = &mut options.recipe.task {
+            task.max_new_tokens = 1;
+        }
+        let example = &task.examples(Split::Prompts, 1, 5)[0];
+        let good = task.best_completion(&example.memo).unwrap();
+        let text = Text {
+            memo: &example.memo,
+            prompt: &example.prompt_ids,
+            ids: &good.ids,
+        };
+        let found = advantages(&model, &task, &text, &options, 0).unwrap();
+        assert_eq!(found.all.len(), good.ids.len());
+        // A perfect text earns 0, and so the sum is −V(s_0). After one token nothing is said but
+        // perhaps one fact: six or seven are missing, the text is cut off or ends, at 5 nats each
+        // reward unit; the token itself costs no more than a contradiction.
+        let sum: f64 = found.all.iter().sum();
+        assert!(
+            (5.0 * 6.0 * 0.7..=5.0 * (7.0 * 0.7 + 2.0)).contains(&sum),
+            "{sum}"
+        );
+        // Twice the same rollouts.
+        let again = advantages(&model, &task, &text, &options, 0).unwrap();
+        assert_eq!(found.all, again.all);
+        assert_ne!(found.halves[0], found.halves[1]);
+    }
+}
