@@ -41,6 +41,7 @@ mod sampling;
 pub mod score;
 mod stage;
 mod tensorboard;
+mod unpaired;
 mod workers;
 
 pub use cache::ReferenceCache;
@@ -62,4 +63,5 @@ pub use recipe::{
 };
 pub use run::{Finished, RunOptions, train};
 pub use sampling::{Policy, PromptSource, Prompts, SampleOptions, sample_prompts};
+pub use unpaired::UNPAIRED_METRICS;
 pub use workers::Workers;

@@ -258,6 +258,7 @@ fn recipe(args: &TrainArgs) -> anyhow::Result<Recipe> {
                 .context("--model names no folder")?;
             let data = DataRecipe {
                 train: Sources::One(data.clone()),
+                sft: None,
                 eval: args.eval_data.clone(),
                 max_length: args.max_length.unwrap_or(1024),
                 malformed_rows: if args.drop_malformed_rows {

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use lm::chat::ChatTemplate;
 use lm::data::{
-    DataError, DataReport, PreferencePair, SftExample, TokenizeOptions, load_rows,
-    read_preferences, tokenize_pairs_observed,
+    DataError, DataReport, LabelledExample, PreferencePair, SftExample, TokenizeOptions, Tokenized,
+    Treatment, load_rows, read_labelled, read_preferences, read_sft, tokenize_labelled,
+    tokenize_pairs_observed, tokenize_sft,
 };
 use lm::tokenizer::Tokenizer;
 use lm::{LlamaShape, LoraConfig, ModelConfig, Transformer};
@@ -16,6 +17,7 @@ use crate::error::TrainError;
 use crate::order::Source;
 use crate::progress::Progress;
 use crate::recipe::{DataRecipe, Recipe, TaskRecipe};
+use crate::unpaired::with_strangers;
 
 /// All that training needs, in tokens.
 #[derive(Debug)]
@@ -34,6 +36,9 @@ pub struct Prepared {
     pub files: Vec<PathBuf>,
     /// Held-out pairs; may be none.
     pub eval: Vec<PreferencePair>,
+    /// Labels of the pairs' first completions, training and held-out, where they are labelled one
+    /// by one; their second ones are then those of other prompts.
+    pub desirable: Option<[Vec<bool>; 2]>,
     /// The embedded task and its held-out prompts, if it is the data.
     pub task: Option<PreparedTask>,
     /// What was read, dropped and cut, by file.
@@ -137,12 +142,21 @@ fn prepare_task(
             })
             .collect()
     };
-    let train = pairs(&task.pairs(Split::Train, numbers.train_pairs, recipe.seed));
+    let mut train = pairs(&task.pairs(Split::Train, numbers.train_pairs, recipe.seed));
+    let held_out = task.pairs(Split::Eval, numbers.eval_pairs, recipe.seed);
+    let mut eval = pairs(&held_out);
+    let mut desirable = None;
+    if recipe.preference.unpaired.is_some() {
+        let size = recipe.preference.batch_size;
+        let (labelled, train_labels) = with_strangers(apart(&train), size);
+        let (held_out, eval_labels) = with_strangers(apart(&eval), size);
+        (train, eval) = (labelled, held_out);
+        desirable = Some([train_labels, eval_labels]);
+    }
     let sources = vec![Source {
         examples: 0..train.len(),
         weight: 1.0,
     }];
-    let held_out = task.pairs(Split::Eval, numbers.eval_pairs, recipe.seed);
     let prompts = task
         .examples(Split::Prompts, numbers.eval_prompts, recipe.seed)
         .into_iter()
@@ -155,7 +169,8 @@ fn prepare_task(
         train,
         sources,
         files: Vec::new(),
-        eval: pairs(&held_out),
+        eval,
+        desirable,
         reports: Vec::new(),
         task: Some(PreparedTask {
             ceiling: memo_task::ceiling(&held_out),
@@ -187,8 +202,100 @@ fn prepare_files(
         ..TokenizeOptions::new(config.vocab_size)
     };
     let mut reports = Vec::new();
-    let mut read = |path: &Path, label: &str| -> Result<Vec<PreferencePair>, TrainError> {
-        let (rows, malformed) = load_rows(read_preferences(path)?, data.malformed_rows)?;
+    let reader = Reader {
+        tokenizer: &tokenizer,
+        template: template.as_ref(),
+        options: &options,
+        malformed: data.malformed_rows,
+    };
+    let sft = match &data.sft {
+        Some(path) => reader.read(
+            path,
+            "fine-tuning data",
+            &mut reports,
+            read_sft,
+            tokenize_sft,
+        )?,
+        None => Vec::new(),
+    };
+    let labelled = recipe.preference.unpaired.is_some();
+    let size = recipe.preference.batch_size;
+    let mut read = |path: &Path, label: &str| -> Result<_, TrainError> {
+        if labelled {
+            let examples =
+                reader.read(path, label, &mut reports, read_labelled, tokenize_labelled)?;
+            Ok(with_strangers(examples, size))
+        } else {
+            let pairs = reader.read_pairs(path, label, &mut reports)?;
+            Ok((pairs, Vec::new()))
+        }
+    };
+    let (mut train, mut train_labels) = (Vec::new(), Vec::new());
+    let (mut sources, mut files) = (Vec::new(), Vec::new());
+    for source in data.train.list() {
+        let from = train.len();
+        let (pairs, labels) = read(&source.path, "training data")?;
+        train.extend(pairs);
+        train_labels.extend(labels);
+        sources.push(Source {
+            examples: from..train.len(),
+            weight: source.weight,
+        });
+        files.push(source.path);
+    }
+    let (eval, eval_labels) = match &data.eval {
+        Some(path) => read(path, "evaluation data")?,
+        None => (Vec::new(), Vec::new()),
+    };
+    let model = Transformer::read(folder, device)?;
+    Ok(Prepared {
+        model,
+        tokenizer,
+        sft,
+        train,
+        sources,
+        files,
+        eval,
+        desirable: labelled.then_some([train_labels, eval_labels]),
+        task: None,
+        reports,
+    })
+}
+
+/// Both completions of each pair, labelled.
+fn apart(pairs: &[PreferencePair]) -> Vec<LabelledExample> {
+    let sides = pairs.iter().flat_map(|pair| {
+        [(&pair.chosen_ids, true), (&pair.rejected_ids, false)]
+            .map(|(completion_ids, desirable)| (pair, completion_ids, desirable))
+    });
+    sides
+        .map(|(pair, completion_ids, desirable)| LabelledExample {
+            prompt_ids: pair.prompt_ids.clone(),
+            completion_ids: completion_ids.clone(),
+            desirable,
+            row: pair.row,
+        })
+        .collect()
+}
+
+/// What reads files into tokens.
+struct Reader<'a> {
+    tokenizer: &'a Tokenizer,
+    template: Option<&'a ChatTemplate>,
+    options: &'a TokenizeOptions,
+    malformed: Treatment,
+}
+
+type Reports = Vec<(String, DataReport)>;
+
+impl Reader<'_> {
+    fn read_pairs(
+        &self,
+        path: &Path,
+        label: &str,
+        reports: &mut Reports,
+    ) -> Result<Vec<PreferencePair>, TrainError> {
+        let (rows, malformed) = load_rows(read_preferences(path)?, self.malformed)?;
         let progress = Progress::new(&format!("tokenize {label}"), "rows", rows.len(), 0);
         let progress = std::sync::Mutex::new(progress);
         let observe = || {
@@ -196,49 +303,57 @@ fn prepare_files(
                 progress.advance(1, "");
             }
         };
-        let mut tokenized =
-            tokenize_pairs_observed(&rows, &tokenizer, template.as_ref(), &options, &observe)
-                .map_err(|error| match error {
-                    // The one error about rows that does not say where they are.
-                    DataError::AllDropped { .. } => TrainError::DataFile {
-                        path: path.to_path_buf(),
-                        source: Box::new(error),
-                    },
-                    error => error.into(),
-                })?;
+        let tokenized =
+            tokenize_pairs_observed(&rows, self.tokenizer, self.template, self.options, &observe);
+        let tokenized = tokenized.map_err(|error| of_file(path, error))?;
         if let Ok(progress) = progress.into_inner() {
             progress.finish();
         }
-        tokenized.report += &malformed;
-        eprintln!("{}", tokenized.report);
-        reports.push((path.display().to_string(), tokenized.report));
-        Ok(tokenized.examples)
-    };
-    let mut train = Vec::new();
-    let (mut sources, mut files) = (Vec::new(), Vec::new());
-    for source in data.train.list() {
-        let from = train.len();
-        train.extend(read(&source.path, "training data")?);
-        sources.push(Source {
-            examples: from..train.len(),
-            weight: source.weight,
-        });
-        files.push(source.path);
+        Ok(kept(path, tokenized, &malformed, reports))
     }
-    let eval = match &data.eval {
-        Some(path) => read(path, "evaluation data")?,
-        None => Vec::new(),
-    };
-    let model = Transformer::read(folder, device)?;
-    Ok(Prepared {
-        model,
-        tokenizer,
-        sft: Vec::new(),
-        train,
-        sources,
-        files,
-        eval,
-        task: None,
-        reports,
-    })
+
+    fn read<R, T, I: Iterator<Item = Result<R, DataError>>>(
+        &self,
+        path: &Path,
+        label: &str,
+        reports: &mut Reports,
+        open: impl FnOnce(&Path) -> Result<I, DataError>,
+        tokenize: impl FnOnce(
+            &[R],
+            &Tokenizer,
+            Option<&ChatTemplate>,
+            &TokenizeOptions,
+        ) -> Result<Tokenized<T>, DataError>,
+    ) -> Result<Vec<T>, TrainError> {
+        let (rows, malformed) = load_rows(open(path)?, self.malformed)?;
+        let progress = Progress::new(&format!("tokenize {label}"), "rows", rows.len(), 0);
+        let tokenized = tokenize(&rows, self.tokenizer, self.template, self.options);
+        let tokenized = tokenized.map_err(|error| of_file(path, error))?;
+        progress.finish();
+        Ok(kept(path, tokenized, &malformed, reports))
+    }
+}
+
+/// The one error about rows that does not say where they are, with its file.
+fn of_file(path: &Path, error: DataError) -> TrainError {
+    match error {
+        DataError::AllDropped { .. } => TrainError::DataFile {
+            path: path.to_path_buf(),
+            source: Box::new(error),
+        },
+        error => error.into(),
+    }
+}
+
+/// The examples, after what became of the rows is said and kept.
+fn kept<T>(
+    path: &Path,
+    mut tokenized: Tokenized<T>,
+    malformed: &DataReport,
+    reports: &mut Reports,
+) -> Vec<T> {
+    tokenized.report += malformed;
+    eprintln!("{}", tokenized.report);
+    reports.push((path.display().to_string(), tokenized.report));
+    tokenized.examples
 }

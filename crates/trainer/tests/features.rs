@@ -377,6 +377,109 @@ fn gradient_checkpointing_changes_memory_and_nothing_else() {
 }
 
 #[test]
+fn completions_labelled_one_by_one_train_by_kto_and_survive_a_resume() {
+    for loss in ["kto", "apo_zero_unpaired"] {
+        let keys = format!("unpaired = {{ loss = \"{loss}\", undesirable_weight = 1.5 }}");
+        let (_folder, recipe, out) = place(&[
+            ("[preference]", &format!("[preference]\n{keys}")),
+            ("learning_rate = 1e-3", "learning_rate = 5e-3"),
+            ("epochs = 2.0", "epochs = 1.0"),
+        ]);
+        succeed(&mut train(&recipe, &out));
+        let lines = metrics(&out);
+        let steps: Vec<_> = lines
+            .iter()
+            .filter(|line| line["stage"] == "preference" && line.contains_key("loss"))
+            .collect();
+        // 40 pairs are 80 labelled completions, 4 a step.
+        assert_eq!(steps.len(), 20);
+        // Policy and reference are one at first: every completion loses a half times its weight,
+        // 1 or 1.5, in the mean over four.
+        let first = steps[0]["loss"].as_f64().unwrap();
+        let undesirable = (first - 0.5) / (0.5 * 0.5 / 4.0);
+        let whole = undesirable.round();
+        assert!(
+            (undesirable - whole).abs() < 1e-4 && (0.0..=4.0).contains(&whole),
+            "{first}"
+        );
+        let mean = |name: &str| -> f64 {
+            let values = steps[15..].iter().filter_map(|line| line[name].as_f64());
+            values.sum::<f64>() / 5.0
+        };
+        assert!(mean("rewards/chosen") > mean("rewards/rejected"));
+        assert!(steps.iter().all(|line| line["kl"].as_f64().unwrap() >= 0.0));
+        assert!(lines.iter().any(|line| line.contains_key("eval_loss")));
+        let whole = weights(&out);
+        again_from(&recipe, &out, 15);
+        assert_eq!(weights(&out), whole);
+    }
+}
+
+#[test]
+fn files_of_labels_and_of_completions_to_fine_tune_on_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_folder(folder.path(), "llama_tied");
+    let text = std::fs::read_to_string(testdata("trl/pairs.jsonl")).unwrap();
+    let rows: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let labelled: Vec<String> = rows
+        .iter()
+        .enumerate()
+        .map(|(row, pair)| {
+            let side = if row % 2 == 0 { "chosen" } else { "rejected" };
+            let label = row % 2 == 0;
+            let (prompt, completion) = (&pair["prompt"], &pair[side]);
+            format!("{{\"prompt\": {prompt}, \"completion\": {completion}, \"label\": {label}}}")
+        })
+        .collect();
+    let completions: Vec<String> = rows
+        .iter()
+        .map(|pair| {
+            format!(
+                "{{\"prompt\": {}, \"completion\": {}}}",
+                pair["prompt"], pair["chosen"]
+            )
+        })
+        .collect();
+    let labels = write(folder.path(), "labels.jsonl", labelled.join("\n"));
+    let texts = write(folder.path(), "texts.jsonl", completions.join("\n"));
+    let recipe = |sft: &str| {
+        format!(
+            "name = \"kto\"\n[model]\npath = {model:?}\n[data]\nmax_length = 64\n\
+             train = {labels:?}\nsft = {texts:?}\n{sft}\n\
+             [preference]\nbatch_size = 4\nmax_steps = 3\nunpaired = {{}}\n"
+        )
+    };
+    let path = write(folder.path(), "kto.toml", recipe("[sft]\nbatch_size = 8"));
+    let out = folder.path().join("run");
+    succeed(&mut train(&path, &out));
+    let count = |stage: &str| {
+        let lines = metrics(&out);
+        lines
+            .iter()
+            .filter(|line| line["stage"] == stage && line.contains_key("loss"))
+            .count()
+    };
+    assert_eq!(
+        (count("sft"), count("preference")),
+        (rows.len().div_ceil(8), 3)
+    );
+    // A file that nothing reads is a mistake, and so are preferences where labels are asked for.
+    let path = write(folder.path(), "bad.toml", recipe(""));
+    let said = fail(&mut train(&path, &folder.path().join("bad")));
+    assert!(said.contains("data.sft"), "{said}");
+    std::fs::write(&labels, &text).unwrap();
+    let path = write(folder.path(), "kto.toml", recipe("[sft]"));
+    let said = fail(&mut train(&path, &folder.path().join("bad")));
+    assert!(
+        said.contains("labels.jsonl") && said.contains("completion"),
+        "{said}"
+    );
+}
+
+#[test]
 fn an_event_file_for_tensorboard_lies_beside_the_metrics() {
     let (_folder, recipe, out) = place(&[]);
     succeed(&mut train(&recipe, &out));
