@@ -722,6 +722,12 @@ impl Recipe {
         Ok(model.with_frozen(&freeze)?)
     }
 
+    /// Whether the data hold a weight for each token.
+    pub(crate) fn weighs_tokens_by_data(&self) -> bool {
+        let stage = &self.preference;
+        stage.objective.needs().token_weights && stage.contrast.is_none()
+    }
+
     /// Checks that the trainer has what the losses need.
     fn check_objective(&self, wrong: &Wrong<'_>) -> Result<(), TrainError> {
         let stage = &self.preference;
@@ -745,7 +751,7 @@ impl Recipe {
             return Err(wrong(key, expected, &got));
         }
         match (&stage.contrast, needs.token_weights) {
-            (None, true) => {
+            (None, true) if self.data.is_none() => {
                 let expected = "[preference.contrast] beside `token_weighted`";
                 return Err(wrong(key, expected, &"none"));
             }
