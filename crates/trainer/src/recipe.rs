@@ -99,7 +99,7 @@ pub struct DataRecipe {
     /// The pairs to train on: JSON lines, a JSON array, or Parquet. A path, or a list of
     /// `{ path, weight }`.
     pub train: Sources,
-    /// What fine-tuning learns, for [sft]: texts, conversations, or prompts with completions.
+    /// What fine-tuning learns, for `[sft]`: texts, conversations, or prompts with completions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sft: Option<PathBuf>,
     /// The pairs to evaluate on; none means that nothing is evaluated.
