@@ -76,14 +76,28 @@ impl KvCache {
         }
     }
 
-    /// Writes new keys and values `[batch, kv_heads, seq, head_dim]` behind the old ones and
-    /// returns all of them; the length grows once, by [`KvCache::advance`], after the last layer.
-    pub(crate) fn append(
-        &mut self,
-        layer: usize,
-        key: Tensor<4>,
-        value: Tensor<4>,
-    ) -> (Tensor<4>, Tensor<4>) {
+    /// Keys and values of each layer, `[batch, kv_heads, capacity, head_dim]`.
+    pub(crate) fn into_layers(self) -> Vec<(Tensor<4>, Tensor<4>)> {
+        self.layers
+    }
+
+    fn layout(&self, seq: usize, device: &Device) -> SeqLayout {
+        layout(&self.starts, self.len, seq, device)
+    }
+}
+
+/// Earlier tokens' keys and values, as the blocks of a model see them.
+pub(crate) trait Past {
+    /// Takes a layer's new keys and values, `[batch, kv_heads, seq, head_dim]`, and returns them
+    /// behind the old ones.
+    fn append(&mut self, layer: usize, key: Tensor<4>, value: Tensor<4>) -> (Tensor<4>, Tensor<4>);
+
+    /// Counts the new tokens, once, after the last layer.
+    fn advance(&mut self, seq: usize);
+}
+
+impl Past for KvCache {
+    fn append(&mut self, layer: usize, key: Tensor<4>, value: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
         let [batch, heads, seq, width] = key.dims();
         let end = self.len + seq;
         let slot = [0..batch, 0..heads, self.len..end, 0..width];
@@ -97,35 +111,35 @@ impl KvCache {
         )
     }
 
-    pub(crate) fn advance(&mut self, seq: usize) {
+    fn advance(&mut self, seq: usize) {
         self.len += seq;
     }
+}
 
-    fn layout(&self, seq: usize, device: &Device) -> SeqLayout {
-        let (batch, keys) = (self.rows(), self.len + seq);
-        let padded = self.starts.iter().any(|&start| start > 0);
-        let positions = self
-            .starts
-            .iter()
-            .take(if padded { batch } else { 1 })
-            .flat_map(|&start| (self.len..keys).map(move |slot| slot.saturating_sub(start) as u32))
-            .collect();
-        let mask = (padded || seq > 1).then(|| {
-            let rows = if padded { batch } else { 1 };
-            let mut mask = Vec::with_capacity(rows * seq * keys);
-            for &start in &self.starts[..rows] {
-                for query in self.len..keys {
-                    mask.extend((0..keys).map(|key| key < start || key > query));
-                }
+/// How `seq` new tokens lie behind `len` slots of which each row's first `starts` are padding.
+pub(crate) fn layout(starts: &[usize], len: usize, seq: usize, device: &Device) -> SeqLayout {
+    let (batch, keys) = (starts.len(), len + seq);
+    let padded = starts.iter().any(|&start| start > 0);
+    let positions = starts
+        .iter()
+        .take(if padded { batch } else { 1 })
+        .flat_map(|&start| (len..keys).map(move |slot| slot.saturating_sub(start) as u32))
+        .collect();
+    let mask = (padded || seq > 1).then(|| {
+        let rows = if padded { batch } else { 1 };
+        let mut mask = Vec::with_capacity(rows * seq * keys);
+        for &start in &starts[..rows] {
+            for query in len..keys {
+                mask.extend((0..keys).map(|key| key < start || key > query));
             }
-            Tensor::<4, Bool>::from_data(TensorData::new(mask, [rows, 1, seq, keys]), device)
-        });
-        SeqLayout {
-            batch,
-            seq,
-            positions,
-            mask,
         }
+        Tensor::<4, Bool>::from_data(TensorData::new(mask, [rows, 1, seq, keys]), device)
+    });
+    SeqLayout {
+        batch,
+        seq,
+        positions,
+        mask,
     }
 }
 
@@ -172,7 +186,12 @@ impl Transformer {
         Ok((cache, self.head(last)))
     }
 
-    fn check<P: AsRef<[u32]>>(&self, prompts: &[P], n_new: usize) -> Result<usize, LmError> {
+    /// The longest of the prompts, if the model can read them and `n_new` further tokens.
+    pub(crate) fn check<P: AsRef<[u32]>>(
+        &self,
+        prompts: &[P],
+        n_new: usize,
+    ) -> Result<usize, LmError> {
         let config = self.config();
         if prompts.is_empty() {
             return Err(LmError::Request("no prompt to decode from".into()));

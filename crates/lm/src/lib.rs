@@ -12,6 +12,7 @@
 //! | frozen parameters, and the memory that training needs | [`FreezeSpec`], [`TrainingMemory`] |
 //! | gradient checkpointing | [`Checkpointed`] |
 //! | cached decoding, greedy or sampled, batched | [`Generate`], [`KvCache`] |
+//! | a search's tree of prefixes, which share their keys and values | [`PrefixCache`] |
 //! | tokenizers and chat templates | [`tokenizer`], [`chat`] |
 //! | preference, SFT and labelled rows, and their tokens | [`data`] |
 //! | safetensors, whole or sharded | [`weights`] |
@@ -57,6 +58,7 @@ pub mod files;
 mod lora;
 mod model;
 mod names;
+mod prefix_cache;
 mod recompute;
 mod sample;
 pub mod tokenizer;
@@ -69,6 +71,7 @@ pub use decode::{Decoding, Generate, Generated, KvCache};
 pub use error::LmError;
 pub use lora::{AdapterFolder, LoraConfig};
 pub use model::Transformer;
+pub use prefix_cache::{PrefixCache, PrefixCacheStats};
 pub use recompute::Checkpointed;
 pub use sample::{Sampling, sample};
 pub use trainable::{FreezeSpec, ParameterInfo, TrainingMemory};

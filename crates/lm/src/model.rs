@@ -11,7 +11,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::config::{Family, MlpKind, ModelConfig, Rope};
-use crate::decode::KvCache;
+use crate::decode::Past;
 use crate::error::LmError;
 use crate::lora::{Adapter, LoraConfig};
 use crate::names::{self, Parameter, Role};
@@ -236,7 +236,7 @@ impl Transformer {
         &self,
         ids: Tensor<2, Int>,
         layout: &SeqLayout,
-        cache: &mut KvCache,
+        cache: &mut dyn Past,
     ) -> Tensor<2> {
         self.run(ids, layout, Some(cache))
     }
@@ -245,12 +245,15 @@ impl Transformer {
         &self,
         ids: Tensor<2, Int>,
         layout: &SeqLayout,
-        mut cache: Option<&mut KvCache>,
+        mut cache: Option<&mut dyn Past>,
     ) -> Tensor<2> {
         let turn = self.rotation(layout, &ids.device());
         let mut x = self.embedded(ids, layout);
         for (layer, block) in self.blocks.iter().enumerate() {
-            let cache = cache.as_deref_mut().map(|cache| (cache, layer));
+            // The cast shortens the borrow of the trait object to this turn of the loop.
+            let cache = cache
+                .as_mut()
+                .map(|cache| (&mut **cache as &mut dyn Past, layer));
             x = block.forward(x, &self.config, layout, turn.as_ref(), cache);
         }
         if let Some(cache) = cache {
@@ -597,7 +600,7 @@ impl Block {
         config: &ModelConfig,
         layout: &SeqLayout,
         turn: Option<&Rotation>,
-        cache: Option<(&mut KvCache, usize)>,
+        cache: Option<(&mut dyn Past, usize)>,
     ) -> Tensor<2> {
         let attended = self.attention(
             self.attn_norm.forward(x.clone()),
@@ -632,7 +635,7 @@ impl Block {
         config: &ModelConfig,
         layout: &SeqLayout,
         turn: Option<&Rotation>,
-        cache: Option<(&mut KvCache, usize)>,
+        cache: Option<(&mut dyn Past, usize)>,
     ) -> Tensor<2> {
         let (batch, seq, width) = (layout.batch, layout.seq, config.head_dim);
         let (heads, groups) = (config.n_kv_heads, config.n_heads / config.n_kv_heads);

@@ -5,18 +5,20 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use lm::chat::ChatTemplate;
 use lm::data::{
-    DataError, DataReport, LabelledExample, PreferencePair, SftExample, TokenizeOptions, Tokenized,
-    Treatment, load_rows, read_labelled, read_preferences, read_sft, tokenize_labelled,
-    tokenize_pairs_observed, tokenize_sft,
+    DataError, DataReport, LabelledExample, PreferencePair, PreferenceRow, SftExample,
+    TokenizeOptions, Tokenized, Treatment, load_rows, read_labelled, read_preferences, read_sft,
+    tokenize_labelled, tokenize_pairs_observed, tokenize_sft,
 };
 use lm::tokenizer::Tokenizer;
 use lm::{LlamaShape, LoraConfig, ModelConfig, Transformer};
 use memo_task::{Memo, MemoTask, Split};
+use serde_json::Value;
 
 use crate::error::TrainError;
 use crate::order::Source;
 use crate::progress::Progress;
 use crate::recipe::{DataRecipe, Recipe, TaskRecipe};
+use crate::reference::ReferenceLogps;
 use crate::unpaired::with_strangers;
 
 /// All that training needs, in tokens.
@@ -39,6 +41,9 @@ pub struct Prepared {
     /// Labels of the pairs' first completions, training and held-out, where they are labelled one
     /// by one; their second ones are then those of other prompts.
     pub desirable: Option<[Vec<bool>; 2]>,
+    /// A weight for each token of each pair, training and held-out, where the recipe asks for them
+    /// and the data hold them.
+    pub token_weights: Option<[ReferenceLogps; 2]>,
     /// The embedded task and its held-out prompts, if it is the data.
     pub task: Option<PreparedTask>,
     /// What was read, dropped and cut, by file.
@@ -171,6 +176,7 @@ fn prepare_task(
         files: Vec::new(),
         eval,
         desirable,
+        token_weights: None,
         reports: Vec::new(),
         task: Some(PreparedTask {
             ceiling: memo_task::ceiling(&held_out),
@@ -220,41 +226,50 @@ fn prepare_files(
     };
     let labelled = recipe.preference.unpaired.is_some();
     let size = recipe.preference.batch_size;
+    let weighted = recipe.weighs_tokens_by_data();
     let mut read = |path: &Path, label: &str| -> Result<_, TrainError> {
         if labelled {
             let examples =
                 reader.read(path, label, &mut reports, read_labelled, tokenize_labelled)?;
-            Ok(with_strangers(examples, size))
+            let (pairs, labels) = with_strangers(examples, size);
+            Ok((pairs, labels, Vec::new()))
         } else {
-            let pairs = reader.read_pairs(path, label, &mut reports)?;
-            Ok((pairs, Vec::new()))
+            let (pairs, weights) = reader.read_pairs(path, label, weighted, &mut reports)?;
+            Ok((pairs, Vec::new(), weights))
         }
     };
-    let (mut train, mut train_labels) = (Vec::new(), Vec::new());
+    let (mut train, mut train_labels, mut train_weights) = (Vec::new(), Vec::new(), Vec::new());
     let (mut sources, mut files) = (Vec::new(), Vec::new());
     for source in data.train.list() {
         let from = train.len();
-        let (pairs, labels) = read(&source.path, "training data")?;
+        let (pairs, labels, weights) = read(&source.path, "training data")?;
         train.extend(pairs);
         train_labels.extend(labels);
+        train_weights.extend(weights);
         sources.push(Source {
             examples: from..train.len(),
             weight: source.weight,
         });
         files.push(source.path);
     }
-    let (eval, eval_labels) = match &data.eval {
+    let (eval, eval_labels, eval_weights) = match &data.eval {
         Some(path) => read(path, "evaluation data")?,
-        None => (Vec::new(), Vec::new()),
+        None => (Vec::new(), Vec::new(), Vec::new()),
     };
     let model = Transformer::read(folder, device)?;
     Ok(Prepared {
         model,
         tokenizer,
         sft,
-        train,
         sources,
         files,
+        token_weights: weighted.then(|| {
+            [
+                ReferenceLogps::of_tokens(&train, &train_weights),
+                ReferenceLogps::of_tokens(&eval, &eval_weights),
+            ]
+        }),
+        train,
         eval,
         desirable: labelled.then_some([train_labels, eval_labels]),
         task: None,
@@ -288,13 +303,17 @@ struct Reader<'a> {
 
 type Reports = Vec<(String, DataReport)>;
 
+/// Weights of the tokens of a chosen and of a rejected completion.
+type PairWeights = [Vec<f32>; 2];
+
 impl Reader<'_> {
     fn read_pairs(
         &self,
         path: &Path,
         label: &str,
+        weighted: bool,
         reports: &mut Reports,
-    ) -> Result<Vec<PreferencePair>, TrainError> {
+    ) -> Result<(Vec<PreferencePair>, Vec<PairWeights>), TrainError> {
         let (rows, malformed) = load_rows(read_preferences(path)?, self.malformed)?;
         let progress = Progress::new(&format!("tokenize {label}"), "rows", rows.len(), 0);
         let progress = std::sync::Mutex::new(progress);
@@ -309,7 +328,27 @@ impl Reader<'_> {
         if let Ok(progress) = progress.into_inner() {
             progress.finish();
         }
-        Ok(kept(path, tokenized, &malformed, reports))
+        let pairs = kept(path, tokenized, &malformed, reports);
+        let mut weights = Vec::new();
+        if weighted {
+            for pair in &pairs {
+                let row = &rows[pair.row];
+                let of = |column, ids: &[u32]| {
+                    let most = self.options.max_length.unwrap_or(usize::MAX);
+                    let cut = pair.prompt_ids.len() + ids.len() >= most;
+                    weights_of(row, column, ids.len(), cut).map_err(|reason| TrainError::Prompt {
+                        path: path.to_path_buf(),
+                        row: pair.row,
+                        reason,
+                    })
+                };
+                weights.push([
+                    of("chosen_token_weights", &pair.chosen_ids)?,
+                    of("rejected_token_weights", &pair.rejected_ids)?,
+                ]);
+            }
+        }
+        Ok((pairs, weights))
     }
 
     fn read<R, T, I: Iterator<Item = Result<R, DataError>>>(
@@ -332,6 +371,36 @@ impl Reader<'_> {
         progress.finish();
         Ok(kept(path, tokenized, &malformed, reports))
     }
+}
+
+/// The weights of a completion's tokens: one for each, but that of an end of sequence that was
+/// added may be missing and is then 1, and those of tokens that were cut are left out.
+fn weights_of(
+    row: &PreferenceRow,
+    column: &str,
+    n_tokens: usize,
+    cut: bool,
+) -> Result<Vec<f32>, String> {
+    let expected = format!("column `{column}`: expected a list of {n_tokens} finite numbers");
+    let list = row.extra.get(column).and_then(Value::as_array);
+    let list = list.ok_or_else(|| format!("{expected}, got none"))?;
+    let mut weights: Vec<f32> = list
+        .iter()
+        .filter_map(|weight| weight.as_f64().map(|weight| weight as f32))
+        .filter(|weight| weight.is_finite())
+        .collect();
+    let fits = weights.len() == n_tokens
+        || weights.len() + 1 == n_tokens
+        || (cut && weights.len() > n_tokens);
+    if weights.len() != list.len() || !fits {
+        return Err(format!(
+            "{expected}, got {} of {}",
+            weights.len(),
+            list.len()
+        ));
+    }
+    weights.resize(n_tokens, 1.0);
+    Ok(weights)
 }
 
 /// The one error about rows that does not say where they are, with its file.

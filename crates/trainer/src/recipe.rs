@@ -99,7 +99,7 @@ pub struct DataRecipe {
     /// The pairs to train on: JSON lines, a JSON array, or Parquet. A path, or a list of
     /// `{ path, weight }`.
     pub train: Sources,
-    /// What fine-tuning learns, for [sft]: texts, conversations, or prompts with completions.
+    /// What fine-tuning learns, for `[sft]`: texts, conversations, or prompts with completions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sft: Option<PathBuf>,
     /// The pairs to evaluate on; none means that nothing is evaluated.
@@ -722,6 +722,12 @@ impl Recipe {
         Ok(model.with_frozen(&freeze)?)
     }
 
+    /// Whether the data hold a weight for each token.
+    pub(crate) fn weighs_tokens_by_data(&self) -> bool {
+        let stage = &self.preference;
+        stage.objective.needs().token_weights && stage.contrast.is_none()
+    }
+
     /// Checks that the trainer has what the losses need.
     fn check_objective(&self, wrong: &Wrong<'_>) -> Result<(), TrainError> {
         let stage = &self.preference;
@@ -745,7 +751,7 @@ impl Recipe {
             return Err(wrong(key, expected, &got));
         }
         match (&stage.contrast, needs.token_weights) {
-            (None, true) => {
+            (None, true) if self.data.is_none() => {
                 let expected = "[preference.contrast] beside `token_weighted`";
                 return Err(wrong(key, expected, &"none"));
             }

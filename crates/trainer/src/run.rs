@@ -257,6 +257,15 @@ fn inputs_digest(prepared: &Prepared, recipe: &Recipe) -> Result<String, TrainEr
         let labels: Vec<u32> = labels.iter().map(|&label| u32::from(label)).collect();
         add(&labels);
     }
+    for weights in prepared.token_weights.iter().flatten() {
+        let values = weights
+            .chosen
+            .values()
+            .iter()
+            .chain(weights.rejected.values());
+        let bits: Vec<u32> = values.map(|weight| weight.to_bits()).collect();
+        add(&bits);
+    }
     for (_, prompt) in prepared.task.iter().flat_map(|task| &task.prompts) {
         add(prompt);
     }
@@ -692,7 +701,12 @@ impl Run<'_> {
                 ))
             }
         };
-        Ok(Against { logps, contrast })
+        let weights = self.prepared.token_weights.as_ref();
+        Ok(Against {
+            logps,
+            contrast,
+            weights: weights.map(|[train, eval]| if split == TRAIN { train } else { eval }.clone()),
+        })
     }
 
     fn reference_logps(
@@ -856,6 +870,8 @@ struct Against {
     logps: Option<ReferenceLogps>,
     /// Logps of a model of good completions and of one of bad ones.
     contrast: Option<(ReferenceLogps, ReferenceLogps, ContrastRecipe)>,
+    /// Weights of tokens from the data.
+    weights: Option<ReferenceLogps>,
 }
 
 impl Against {
@@ -887,9 +903,16 @@ impl Against {
                 rejected: weights(&positive.rejected, &negative.rejected, -recipe.scale),
             }
         });
+        let of_data = self.weights.as_ref().map(|weights| {
+            let table = weights.of(pairs, batch, device);
+            PairTable {
+                chosen: table.chosen.values,
+                rejected: table.rejected.values,
+            }
+        });
         Compared {
             reference,
-            token_weights,
+            token_weights: token_weights.or(of_data),
         }
     }
 }

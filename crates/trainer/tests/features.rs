@@ -416,6 +416,69 @@ fn completions_labelled_one_by_one_train_by_kto_and_survive_a_resume() {
 }
 
 #[test]
+fn weights_of_tokens_are_read_from_the_data() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_folder(folder.path(), "llama_tied");
+    let text = std::fs::read_to_string(testdata("trl/pairs.jsonl")).unwrap();
+    let tokenizer = lm::tokenizer::Tokenizer::from_folder(&model).unwrap();
+    let rows = lm::data::read_preferences(&testdata("trl/pairs.jsonl")).unwrap();
+    let rows: Vec<_> = rows.map(Result::unwrap).collect();
+    let options = lm::data::TokenizeOptions::new(tokenizer.vocab_size());
+    let pairs = lm::data::tokenize_pairs(&rows, &tokenizer, None, &options).unwrap();
+    let weighted = |weight: f64, more: usize| -> String {
+        let rows = text.lines().zip(&pairs.examples).map(|(line, pair)| {
+            let mut row: Value = serde_json::from_str(line).unwrap();
+            for (side, ids) in [
+                ("chosen", &pair.chosen_ids),
+                ("rejected", &pair.rejected_ids),
+            ] {
+                let weights = vec![weight; ids.len() - 1 + more];
+                row[format!("{side}_token_weights")] = weights.into();
+            }
+            row.to_string()
+        });
+        rows.collect::<Vec<_>>().join("\n")
+    };
+    let run = |name: &str, loss: &str, data: String| {
+        let data = write(folder.path(), &format!("{name}.jsonl"), data);
+        let recipe = format!(
+            "name = \"weighted\"\n[model]\npath = {model:?}\n[data]\ntrain = {data:?}\n\
+             [preference]\nmax_steps = 3\nobjective = {{ loss = \"{loss}\" }}\n\
+             [preference.optimizer]\nlearning_rate = 1e-3\n"
+        );
+        let recipe = write(folder.path(), &format!("{name}.toml"), recipe);
+        let out = folder.path().join(name);
+        (train(&recipe, &out), out)
+    };
+    // Weights of one are no weights; the end of sequence has its own, or one.
+    let (mut command, plain) = run("plain", "sigmoid", text.clone());
+    succeed(&mut command);
+    let plain = tensors(&plain.join("model/model.safetensors"));
+    for (name, more) in [("ones", 0), ("ones-and-end", 1)] {
+        let (mut command, out) = run(name, "token_weighted", weighted(1.0, more));
+        succeed(&mut command);
+        for ((name, one), (_, two)) in plain
+            .iter()
+            .zip(&tensors(&out.join("model/model.safetensors")))
+        {
+            for (one, two) in one.iter().zip(two) {
+                assert!((one - two).abs() < 1e-5, "{name}: {one} {two}");
+            }
+        }
+    }
+    let (mut command, half) = run("half", "token_weighted", weighted(0.5, 1));
+    succeed(&mut command);
+    assert_ne!(tensors(&half.join("model/model.safetensors")), plain);
+    // A list that does not fit is named.
+    let (mut command, _) = run("long", "token_weighted", weighted(1.0, 2));
+    let said = fail(&mut command);
+    assert!(
+        said.contains("long.jsonl row 0") && said.contains("chosen_token_weights"),
+        "{said}"
+    );
+}
+
+#[test]
 fn files_of_labels_and_of_completions_to_fine_tune_on_are_read() {
     let folder = tempfile::tempdir().unwrap();
     let model = model_folder(folder.path(), "llama_tied");
