@@ -150,8 +150,7 @@ pub(super) fn page(results: &CreditResults) -> String {
 
 fn figure(plot: &Plot) -> String {
     format!(
-        "<figure><h3>{}</h3>{}<figcaption>{}</figcaption></figure>",
-        escape(&plot.title),
+        "<figure>{}<figcaption>{}</figcaption></figure>",
         plot.to_svg(),
         escape(&plot.caption())
     )
