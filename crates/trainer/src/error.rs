@@ -55,6 +55,9 @@ pub enum TrainError {
     /// The embedded task.
     #[error(transparent)]
     Task(#[from] memo_task::MemoError),
+    /// An enumerated process.
+    #[error(transparent)]
+    Mdp(#[from] mdp_core::MdpError),
     /// The report.
     #[error(transparent)]
     Report(#[from] report::ReportError),

@@ -1,10 +1,12 @@
 //! `r2q reproduce`: experiments on the paper's claims.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use trainer::Recipe;
-use trainer::reproduce::credit::{CreditOptions, run};
+use trainer::reproduce::Target;
+use trainer::reproduce::credit::{self, CreditOptions};
+use trainer::reproduce::identification::{self, IdentificationOptions};
 
 /// What `reproduce` takes.
 #[derive(Debug, Args)]
@@ -17,6 +19,8 @@ pub(crate) struct ReproduceArgs {
 enum Experiment {
     /// Does a policy trained on labels of whole completions know which token was wrong?
     Credit(CreditArgs),
+    /// How close does the learned advantage come to the exact one as labels grow in number?
+    Identification(IdentificationArgs),
 }
 
 #[derive(Debug, Args)]
@@ -44,31 +48,87 @@ struct CreditArgs {
     device: String,
 }
 
+#[derive(Debug, Args)]
+struct IdentificationArgs {
+    /// Folder to write into; seeds that are done there are not repeated.
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "runs/reproduce-identification"
+    )]
+    out: PathBuf,
+    /// Seeds, with commas [default: 1,2,3].
+    #[arg(long, value_delimiter = ',', value_name = "N,N,...")]
+    seeds: Vec<u64>,
+    /// Numbers of labelled pairs, rising, with commas [default: 1000,4000,16000,64000].
+    #[arg(long, value_delimiter = ',', value_name = "N,N,...")]
+    pairs: Vec<usize>,
+    /// Steps of either learner [default: 1000].
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    /// Tokens of the longest completion [default: 5].
+    #[arg(long, value_name = "N")]
+    horizon: Option<usize>,
+    /// Where to compute: cpu, wgpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
 impl ReproduceArgs {
     pub(crate) fn run(&self, command: String) -> anyhow::Result<()> {
-        let Experiment::Credit(args) = &self.experiment;
-        let mut options = CreditOptions::standard(args.out.clone())?;
+        match &self.experiment {
+            Experiment::Credit(args) => args.run(command),
+            Experiment::Identification(args) => args.run(command),
+        }
+    }
+}
+
+impl CreditArgs {
+    fn run(&self, command: String) -> anyhow::Result<()> {
+        let mut options = CreditOptions::standard(self.out.clone())?;
         options.command = command;
-        options.device.clone_from(&args.device);
-        if let Some(path) = &args.recipe {
+        options.device.clone_from(&self.device);
+        if let Some(path) = &self.recipe {
             options.recipe = Recipe::read(path)?;
         }
-        if !args.seeds.is_empty() {
-            options.seeds.clone_from(&args.seeds);
+        if !self.seeds.is_empty() {
+            options.seeds.clone_from(&self.seeds);
         }
-        options.copies = args.copies.unwrap_or(options.copies);
-        options.oracle_copies = args.oracle_copies.unwrap_or(options.oracle_copies);
-        options.rollouts = args.rollouts.unwrap_or(options.rollouts);
-        let results = run(&options)?;
-        for target in &results.targets {
-            let held = match target.held {
-                Some(true) => "held",
-                Some(false) => "NOT held",
-                None => "too few seeds",
-            };
-            eprintln!("{}: {} ({})", held, target.claim, target.measured);
-        }
-        eprintln!("page: {}", options.out.join("report.html").display());
+        options.copies = self.copies.unwrap_or(options.copies);
+        options.oracle_copies = self.oracle_copies.unwrap_or(options.oracle_copies);
+        options.rollouts = self.rollouts.unwrap_or(options.rollouts);
+        say(&credit::run(&options)?.targets, &options.out);
         Ok(())
     }
+}
+
+impl IdentificationArgs {
+    fn run(&self, command: String) -> anyhow::Result<()> {
+        let mut options = IdentificationOptions::standard(self.out.clone());
+        options.command = command;
+        options.device.clone_from(&self.device);
+        if !self.seeds.is_empty() {
+            options.seeds.clone_from(&self.seeds);
+        }
+        if !self.pairs.is_empty() {
+            options.pairs.clone_from(&self.pairs);
+        }
+        options.steps = self.steps.unwrap_or(options.steps);
+        options.horizon = self.horizon.unwrap_or(options.horizon);
+        say(&identification::run(&options)?.targets, &options.out);
+        Ok(())
+    }
+}
+
+/// Says of every target whether it held, and where the page is.
+fn say(targets: &[Target], out: &Path) {
+    for target in targets {
+        let held = match target.held {
+            Some(true) => "held",
+            Some(false) => "NOT held",
+            None => "too few seeds",
+        };
+        eprintln!("{}: {} ({})", held, target.claim, target.measured);
+    }
+    eprintln!("page: {}", out.join("report.html").display());
 }

@@ -4,6 +4,7 @@
 //! whether it was reached.
 
 pub mod credit;
+pub mod identification;
 pub mod statistics;
 
 use serde::{Deserialize, Serialize};

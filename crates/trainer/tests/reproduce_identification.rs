@@ -1,0 +1,64 @@
+//! `r2q reproduce identification`: what it writes, at a size that says nothing about the claims.
+
+#![allow(clippy::unwrap_used, reason = "helpers of tests may fail as tests do")]
+
+mod common;
+
+use common::{fail, r2q, succeed};
+use serde_json::Value;
+
+#[test]
+fn identification_writes_results_and_a_page_and_takes_finished_seeds_as_they_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let run = || {
+        let mut command = r2q();
+        command.args(["reproduce", "identification", "--seeds", "1,2"]);
+        command.args(["--pairs", "100,3000", "--steps", "60", "--horizon", "3"]);
+        command.arg("--out").arg(&out);
+        succeed(&mut command)
+    };
+    let read = || std::fs::read_to_string(out.join("results.json")).unwrap();
+    run();
+    let first = read();
+    let results: Value = serde_json::from_str(&first).unwrap();
+    // 1 + 3 + 9 states of four tokens.
+    let cells = results["seeds"][0]["cells"].as_array().unwrap();
+    assert_eq!(cells.len(), 4);
+    for cell in cells {
+        assert_eq!(cell["visits"].as_array().unwrap().len(), 13);
+        // Both sides of every pair go through the root.
+        assert_eq!(
+            cell["visits"][0].as_u64().unwrap(),
+            2 * cell["pairs"].as_u64().unwrap()
+        );
+        for learner in ["language model", "table"] {
+            let figures = &cell["learners"][learner];
+            assert_eq!(figures["residuals"].as_array().unwrap().len(), 52);
+        }
+    }
+    // Even so small, more labels bring either learner of the reward that repeats closer.
+    for learner in ["language model", "table"] {
+        let error = |pairs: usize| {
+            let key = format!("bigram / {learner} / {pairs} / error");
+            results["figures"][&key]["mean"].as_f64().unwrap()
+        };
+        assert!(error(3000) < error(100), "{learner}");
+    }
+    let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(page.contains("Stated beforehand") && page.contains("Residuals"));
+
+    let said = run();
+    assert!(said.contains("seed 1: taken from"), "{said}");
+    assert_eq!(read(), first);
+}
+
+#[test]
+fn identification_refuses_pairs_that_do_not_rise() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = r2q();
+    command.args(["reproduce", "identification", "--pairs", "100,100", "--out"]);
+    command.arg(folder.path().join("out"));
+    let said = fail(&mut command);
+    assert!(said.contains("rising numbers of pairs"), "{said}");
+}
