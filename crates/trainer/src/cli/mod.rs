@@ -3,6 +3,7 @@
 mod eval;
 mod prefer;
 mod sample;
+mod search;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,6 +20,7 @@ use trainer::{PromptSource, SampleOptions};
 pub(crate) use eval::EvalArgs;
 pub(crate) use prefer::PreferArgs;
 pub(crate) use sample::SampleArgs;
+pub(crate) use search::SearchArgs;
 
 /// Which prompts.
 #[derive(Debug, Args)]
