@@ -18,7 +18,7 @@ use anyhow::{Context, bail};
 type Described = (&'static str, &'static str);
 
 /// Commands of the `r2q` program.
-const PROGRAM: [Described; 6] = [
+const PROGRAM: [Described; 7] = [
     (
         "train",
         "train a policy from preferences; with no arguments, on the embedded memo task",
@@ -39,6 +39,10 @@ const PROGRAM: [Described; 6] = [
     (
         "eval",
         "compare two policies by a judge: win rate with intervals",
+    ),
+    (
+        "reproduce",
+        "run an experiment on a claim of the paper: credit",
     ),
 ];
 

@@ -32,16 +32,19 @@ impl RowPair {
             let (p_lanes, p_rest) = p.as_chunks::<LANES>();
             let (q_lanes, q_rest) = q.as_chunks::<LANES>();
             for (p, q) in p_lanes.iter().zip(q_lanes) {
-                for lane in 0..LANES {
-                    let terms = terms(p[lane] - p_largest, q[lane] - q_largest);
-                    for (sum, term) in sums.iter_mut().zip(terms) {
-                        sum[lane] += term;
-                    }
-                }
+                add(&mut sums, p, q, p_largest, q_largest);
             }
-            for (p, q) in p_rest.iter().zip(q_rest) {
-                for (sum, term) in sums.iter_mut().zip(terms(p - p_largest, q - q_largest)) {
-                    sum[0] += term;
+            // The rest in lanes too, of which the others are not taken.
+            if !p_rest.is_empty() {
+                let (mut p, mut q) = ([0.0; LANES], [0.0; LANES]);
+                let mut few = [[0.0_f32; LANES]; 6];
+                p[..p_rest.len()].copy_from_slice(p_rest);
+                q[..q_rest.len()].copy_from_slice(q_rest);
+                add(&mut few, &p, &q, p_largest, q_largest);
+                for (sums, few) in sums.iter_mut().zip(few) {
+                    for (sum, x) in sums.iter_mut().zip(few).take(p_rest.len()) {
+                        *sum += x;
+                    }
                 }
             }
             for (total, sum) in totals.iter_mut().zip(sums) {
@@ -66,10 +69,39 @@ impl RowPair {
     }
 }
 
+/// Adds the six terms of each lane.
 #[inline(always)]
-fn terms(a: f32, b: f32) -> [f32; 6] {
-    let (p, q) = (exp(a), exp(b));
-    [p, q, p * a, q * b, p * (a - b), q * (b - a)]
+fn add(
+    sums: &mut [[f32; LANES]; 6],
+    p: &[f32; LANES],
+    q: &[f32; LANES],
+    p_largest: f32,
+    q_largest: f32,
+) {
+    // A loop for each quantity: each becomes a few vector instructions.
+    let mut a = [0.0; LANES];
+    let mut b = [0.0; LANES];
+    let mut p_exp = [0.0; LANES];
+    let mut q_exp = [0.0; LANES];
+    for lane in 0..LANES {
+        a[lane] = p[lane] - p_largest;
+        b[lane] = q[lane] - q_largest;
+    }
+    for lane in 0..LANES {
+        p_exp[lane] = exp(a[lane]);
+    }
+    for lane in 0..LANES {
+        q_exp[lane] = exp(b[lane]);
+    }
+    let [p_sum, q_sum, p_own, q_own, p_cross, q_cross] = sums;
+    for lane in 0..LANES {
+        p_sum[lane] += p_exp[lane];
+        q_sum[lane] += q_exp[lane];
+        p_own[lane] += p_exp[lane] * a[lane];
+        q_own[lane] += q_exp[lane] * b[lane];
+        p_cross[lane] += p_exp[lane] * (a[lane] - b[lane]);
+        q_cross[lane] += q_exp[lane] * (b[lane] - a[lane]);
+    }
 }
 
 /// The largest number of a row; NaN never is.

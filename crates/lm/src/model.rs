@@ -250,10 +250,10 @@ impl Transformer {
         let turn = self.rotation(layout, &ids.device());
         let mut x = self.embedded(ids, layout);
         for (layer, block) in self.blocks.iter().enumerate() {
-            let cache = match &mut cache {
-                Some(cache) => Some((&mut **cache as &mut dyn Past, layer)),
-                None => None,
-            };
+            // The cast shortens the borrow of the trait object to this turn of the loop.
+            let cache = cache
+                .as_mut()
+                .map(|cache| (&mut **cache as &mut dyn Past, layer));
             x = block.forward(x, &self.config, layout, turn.as_ref(), cache);
         }
         if let Some(cache) = cache {

@@ -13,9 +13,9 @@ use search::{
 };
 use serde_json::Value;
 
-/// Both sides add up to 16 logps in f32, whose spread is near 1e-6 each; a wrong rule or a wrong
+/// Both sides add up to 16 logps in f32, whose spread is below 1e-6 each; a wrong rule or a wrong
 /// prefix moves a score by 1e-2 at least.
-const SCORE_TOLERANCE: f64 = 1e-4;
+const SCORE_TOLERANCE: f64 = 1e-5;
 /// The same sums in another order, in f32: logits differ by 1e-6, a dozen are added.
 const FORK_TOLERANCE: f64 = 1e-5;
 

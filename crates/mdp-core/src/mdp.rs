@@ -361,7 +361,8 @@ mod tests {
             policy.top_k(&[&[]], 1).unwrap()
         }
         assert_eq!(ask(&Sure), [[(7, -7.0)]]);
-        assert_eq!((&Sure).logps_of(&[&[]], &[0]).unwrap(), [0.0]);
+        let borrowed = <&Sure as TokenPolicy>::logps_of(&&Sure, &[&[]], &[0]);
+        assert_eq!(borrowed.unwrap(), [0.0]);
         let none: &dyn ActionValue = &ZeroValue;
         assert_eq!(
             (&none).action_values(&[&[]], &[&[1, 2]]).unwrap(),

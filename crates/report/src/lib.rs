@@ -40,7 +40,7 @@
 //! | the page of a training run | [`TrainingReport`], with [`Card`], [`OutcomeRow`], [`Sample`] |
 //! | a line plot as SVG, inside a page or as a file | [`Plot`], [`Series`], [`Band`], [`ReferenceLine`] |
 //! | means with their intervals as SVG | [`whisker_svg`] |
-//! | completions scored token by token, side by side | [`ScorePage`], with [`ScoredRow`]; [`terminal_tokens`] |
+//! | completions scored token by token, side by side | [`ScorePage`], with [`ScoredRow`] and [`PageRow`]; [`terminal_tokens`] |
 //! | completions that a search found, and its tree | [`search_page`], with [`SearchedPrompt`], [`SearchNode`] |
 //! | tokens coloured by a reward | [`Token`], [`token_spans`], [`DivergingScale`], [`scale_legend`] |
 //! | another page with the same look | [`page`], with [`escape`] for its text |
@@ -67,7 +67,7 @@ pub use outcomes::{OutcomeRow, whisker_svg};
 pub use page::{escape, page, write_atomically};
 pub use plot::{Band, Plot, ReferenceLine, Series};
 pub use scores::{
-    ScorePage, ScoredCompletion, ScoredRow, ScoredToken, TokenScores, terminal_tokens,
+    PageRow, ScorePage, ScoredCompletion, ScoredRow, ScoredToken, TokenScores, terminal_tokens,
 };
 pub use search_tree::{FoundCompletion, SearchNode, SearchedPrompt, search_page};
 pub use tokens::{DivergingScale, Readout, Token, scale_legend, token_css, token_spans};

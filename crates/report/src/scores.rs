@@ -69,7 +69,56 @@ pub struct TokenScores {
     pub alternatives: Vec<(u32, f64, f64)>,
 }
 
-/// A page of scored rows, filled row by row; each row becomes compact at once.
+/// A row as the page holds it: compact, and independent of the rows around it.
+#[derive(Debug, Clone)]
+pub struct PageRow {
+    json: String,
+    rewards: Vec<f64>,
+    /// Ids of the alternatives.
+    ids: Vec<u32>,
+}
+
+impl PageRow {
+    /// Encodes a row whose rewards are `beta` reward units per nat.
+    pub fn new(row: &ScoredRow, beta: f64) -> Self {
+        let ids = |c: &ScoredCompletion| c.tokens.iter().map(|t| t.id).collect::<Vec<u32>>();
+        let marks = match &row.completions[..] {
+            [a, b] => {
+                let (a, b) = differing(&ids(a), &ids(b));
+                // Of two texts that share next to nothing, everything differs; lines would not help.
+                let shared = a.iter().filter(|differs| !**differs).count();
+                if shared * LEAST_SHARED > a.len().min(b.len()) {
+                    vec![a, b]
+                } else {
+                    Vec::new()
+                }
+            }
+            _ => Vec::new(),
+        };
+        let tokens = || row.completions.iter().flat_map(|c| &c.tokens);
+        let readouts = || tokens().filter_map(|token| token.readout.as_ref());
+        let mut ids: Vec<u32> = readouts()
+            .flat_map(|readout| readout.alternatives.iter().map(|(id, ..)| *id))
+            .collect();
+        ids.sort_unstable();
+        ids.dedup();
+        let completions: Vec<Value> = row
+            .completions
+            .iter()
+            .enumerate()
+            .map(|(at, completion)| encode(completion, marks.get(at)))
+            .collect();
+        Self {
+            json: in_script(&json!({ "n": row.name, "p": row.prompt, "c": completions })),
+            rewards: readouts()
+                .map(|r| beta * (r.policy_logp - r.reference_logp))
+                .collect(),
+            ids,
+        }
+    }
+}
+
+/// A page of scored rows, filled row by row.
 #[derive(Debug, Clone)]
 pub struct ScorePage {
     beta: f64,
@@ -96,35 +145,12 @@ impl ScorePage {
     }
 
     /// Adds a row; `word` gives the text of an alternative's id.
-    pub fn add(&mut self, row: &ScoredRow, word: impl Fn(u32) -> String) {
-        let ids = |c: &ScoredCompletion| c.tokens.iter().map(|t| t.id).collect::<Vec<u32>>();
-        let marks = match &row.completions[..] {
-            [a, b] => {
-                let (a, b) = differing(&ids(a), &ids(b));
-                // Of two texts that share next to nothing, everything differs; lines would not help.
-                let shared = a.iter().filter(|differs| !**differs).count();
-                if shared * LEAST_SHARED > a.len().min(b.len()) {
-                    vec![a, b]
-                } else {
-                    Vec::new()
-                }
-            }
-            _ => Vec::new(),
-        };
-        let mut completions = Vec::with_capacity(row.completions.len());
-        for (at, completion) in row.completions.iter().enumerate() {
-            let readouts = completion.tokens.iter().filter_map(|t| t.readout.as_ref());
-            for readout in readouts {
-                let reward = self.beta * (readout.policy_logp - readout.reference_logp);
-                self.rewards.push(reward);
-                for (id, ..) in &readout.alternatives {
-                    self.words.entry(*id).or_insert_with(|| word(*id));
-                }
-            }
-            completions.push(encode(completion, marks.get(at)));
+    pub fn add(&mut self, row: PageRow, word: impl Fn(u32) -> String) {
+        self.rows.push(row.json);
+        self.rewards.extend(row.rewards);
+        for id in row.ids {
+            self.words.entry(id).or_insert_with(|| word(id));
         }
-        let row = json!({ "n": row.name, "p": row.prompt, "c": completions });
-        self.rows.push(in_script(&row));
     }
 
     /// The page as one HTML document that needs no other file.

@@ -219,6 +219,11 @@ fn completion(
     known: &[(Readout, &str, DivergingScale)],
 ) -> minijinja::Value {
     let mut readouts = Vec::new();
+    let mut count = Some(match completion.tokens.len() {
+        0 => "no tokens".to_owned(),
+        1 => "1 token".to_owned(),
+        n => format!("{n} tokens"),
+    });
     for (readout, name, scale) in known {
         if completion.tokens.iter().any(|t| readout.of(t).is_some()) {
             let label = format!("{}: {name} of each token", completion.label);
@@ -227,7 +232,8 @@ fn completion(
         }
     }
     if readouts.is_empty() && !completion.tokens.is_empty() {
-        // Nothing to colour by; the text is still there to read.
+        // Nothing to colour by; the text is still there to read, and may stand in one piece.
+        count = None;
         let scale = DivergingScale::covering([]);
         let html = token_spans(
             &completion.tokens,
@@ -243,11 +249,7 @@ fn completion(
     ]
     .into_iter()
     .filter_map(|(name, total)| Some(format!("{name} {}", signed(total?))))
-    .chain([match completion.tokens.len() {
-        0 => "no tokens".to_owned(),
-        1 => "1 token".to_owned(),
-        n => format!("{n} tokens"),
-    }])
+    .chain(count)
     .collect();
     context! { label => visible_nul(&completion.label), totals, readouts }
 }

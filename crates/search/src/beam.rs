@@ -313,8 +313,9 @@ impl Step<'_> {
             b.key.total_cmp(&a.key).then_with(by_place)
         };
         if self.keep < ranked.len() {
-            let (_, next, _) = ranked.select_nth_unstable_by(self.keep, order);
-            group.dropped = group.dropped.max(next.score);
+            // What is not looked at needs no bound of its own: either something better is dropped
+            // below, or something better ends.
+            ranked.select_nth_unstable_by(self.keep, order);
             ranked.truncate(self.keep);
         }
         ranked.sort_unstable_by(order);

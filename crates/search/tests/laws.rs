@@ -401,6 +401,20 @@ proptest! {
                 prop_assert_eq!((&found.tokens, found.end), (tokens, *end));
             }
         }
+        // A whole tree, dead ends and all.
+        let whole = MctsConfig {
+            simulations: 100_000,
+            commit: Commit::AtEnd,
+            ..MctsConfig::default()
+        };
+        for backup in [Backup::Max, Backup::Soft] {
+            let output = mcts(&mut model(), &request, &MctsConfig { backup, ..whole }, Leaf::Zero);
+            let found = output.unwrap().completions;
+            match expected.first() {
+                Some((tokens, ..)) => prop_assert_eq!(&found[0].tokens, tokens),
+                None => prop_assert!(found.iter().all(|found| found.end == End::Unfinished)),
+            }
+        }
         // What is left out by `top_k`, too, is bounded, and what is found is allowed.
         for top_k in 1..4 {
             let request = Request { top_k: Some(top_k), ..request.clone() };
@@ -850,4 +864,150 @@ fn caches_to_hold_are_those_of_the_running_prefixes_and_not_of_the_whole_search(
     };
     let (held, expanded) = most(&|model| mcts(model, &request, &config, Leaf::Zero));
     assert!(held < 100 && expanded > 1500, "{held} of {expanded}");
+}
+
+#[test]
+fn a_beam_that_stops_at_once_claims_no_more_than_it_saw() {
+    let policy = Constant::of(&[0.7, 0.2, 0.1]);
+    let request = Request::new([], [1], 3);
+    let config = BeamConfig {
+        width: 2,
+        early_stopping: EarlyStopping::AtOnce,
+        ..BeamConfig::default()
+    };
+    let output = beam_search(&mut Policies::new(&policy), &request, &config).unwrap();
+    // It stops with 0.2 while a prefix of 0.49 is running, which would have reached 0.343.
+    assert_eq!(output.completions[0].tokens, [1]);
+    assert_close(output.upper_bound.unwrap(), 0.49_f64.ln(), IDENTITY);
+    assert!(!output.is_optimal());
+}
+
+/// A model that gives only what it is asked for must be asked for what the constraints take away.
+#[test]
+fn a_banned_token_does_not_use_up_the_likeliest_few() {
+    let policy = Constant::of(&[0.4, 0.3, 0.15, 0.1, 0.03, 0.02]);
+    let request = Request {
+        top_k: Some(1),
+        constraints: Constraints {
+            banned: vec![0, 1],
+            ..Constraints::default()
+        },
+        ..Request::new([], [5], 2)
+    };
+    let output = greedy(&mut Honest::new(Policies::new(&policy)), &request).unwrap();
+    assert_eq!(output.completions[0].tokens, [2, 2]);
+}
+
+/// The first token decides what follows it: two even choices after 0, one sure one after 1.
+#[derive(Clone, Debug)]
+struct TwoRoads;
+
+impl TokenPolicy for TwoRoads {
+    fn vocab(&self) -> usize {
+        3
+    }
+
+    fn next_logps(&self, states: &[&[u32]]) -> Result<LogpRows, MdpError> {
+        let row = |state: &&[u32]| match state {
+            [] => [0.6_f64, 0.4, 0.0],
+            [0, ..] => [0.5, 0.5, 0.0],
+            _ => [0.0, 0.0, 1.0],
+        };
+        let probs = states.iter().flat_map(row);
+        LogpRows::new(3, probs.map(f64::ln).collect())
+    }
+}
+
+#[test]
+fn rollouts_value_a_prefix_by_the_score_to_come_and_not_by_the_score_so_far() {
+    let request = Request::new([], [2], 2);
+    let draws = SampleConfig {
+        n: 3,
+        ..SampleConfig::default()
+    };
+    let config = LookaheadConfig {
+        depth: 1,
+        width: None,
+    };
+    // log 0.6 + log 0.5 is less than log 0.4 + 0; with the prefix counted twice it would be more.
+    let look = lookahead(
+        &mut Policies::new(&TwoRoads),
+        &request,
+        &config,
+        Leaf::Rollouts(draws),
+    );
+    assert_eq!(look.unwrap().completions[0].tokens, [1, 2]);
+    let greedy = greedy(&mut Policies::new(&TwoRoads), &request).unwrap();
+    assert_eq!(greedy.completions[0].tokens[0], 0);
+}
+
+#[test]
+fn the_max_backup_keeps_the_best_rollout_and_the_mean_backup_their_mean() {
+    // Ending at once is possible, and worse than any rollout.
+    let policy = Constant::of(&[0.6, 0.3999, 0.0001]);
+    let request = Request {
+        budget: Budget {
+            simulations: Some(1),
+            ..Budget::default()
+        },
+        ..Request::new([], [2], 6)
+    };
+    let draws = SampleConfig {
+        n: 8,
+        seed: 4,
+        ..SampleConfig::default()
+    };
+    let root = |backup| {
+        let config = MctsConfig {
+            backup,
+            commit: Commit::AtEnd,
+            trace: true,
+            n_best: 100,
+            ..MctsConfig::default()
+        };
+        let model = &mut Policies::new(&policy);
+        let output = mcts(model, &request, &config, Leaf::Rollouts(draws)).unwrap();
+        assert_eq!(output.stats.root_values.len(), 1);
+        (output.stats.root_values[0], output.completions)
+    };
+    let (best, completions) = root(Backup::Max);
+    assert_close(best, completions[0].score, IDENTITY);
+    let (mean, _) = root(Backup::Mean);
+    assert!(mean < best - IDENTITY && mean > -20.0, "{mean} and {best}");
+}
+
+#[test]
+fn a_dead_end_is_no_completion_however_likely_its_prefix() {
+    let dead_end = |state: &[u32], logps: &mut [f64]| {
+        if state == [0] {
+            logps.fill(f64::NEG_INFINITY);
+        }
+    };
+    let request = Request {
+        constraints: Constraints {
+            processor: Some(&dead_end),
+            ..Constraints::default()
+        },
+        ..Request::new([], [2], 2)
+    };
+    for (backup, commit) in [
+        (Backup::Max, Commit::AtEnd),
+        (Backup::Max, Commit::EachToken),
+        (Backup::Soft, Commit::EachToken),
+    ] {
+        let config = MctsConfig {
+            backup,
+            commit,
+            trace: true,
+            ..MctsConfig::default()
+        };
+        let output = mcts(&mut Policies::new(&TwoRoads), &request, &config, Leaf::Zero).unwrap();
+        assert_eq!(output.completions[0].tokens, [1, 2]);
+        // The other road's 0.6 is worth nothing to the best, and to the covered mass.
+        assert_close(
+            *output.stats.root_values.last().unwrap(),
+            0.4_f64.ln(),
+            IDENTITY,
+        );
+    }
 }

@@ -58,7 +58,7 @@ pub struct StepOutcome {
     pub loss: f64,
     /// The gradient's global norm, before clipping.
     pub grad_norm: f64,
-    /// Means over the micro-batches, before the update.
+    /// Means over the micro-batches that have a value, before the update.
     pub metrics: Vec<(&'static str, f64)>,
     /// Loss of each micro-batch.
     pub micro_losses: Vec<f64>,
@@ -127,24 +127,28 @@ impl Learner {
             }
         });
         let mut gradients = FlatGradients::default();
-        let mut metrics: Vec<(&'static str, f64)> = Vec::new();
+        let mut metrics: Vec<(&'static str, f64, u32)> = Vec::new();
         let mut micro_losses = Vec::with_capacity(n);
         let mut n_tokens = 0;
-        for (index, result) in results.into_iter().enumerate() {
+        for result in results {
             n_tokens += result.n_tokens;
             gradients.add(result.gradients, share);
             micro_losses.push(f64::from(result.values[0]));
-            let named = result.names.iter().copied().zip(&result.values[1..]);
-            if index == 0 {
-                metrics = named
-                    .map(|(name, &x)| (name, f64::from(x) * share))
-                    .collect();
-            } else {
-                for ((_, sum), (_, &x)) in metrics.iter_mut().zip(named) {
-                    *sum += f64::from(x) * share;
+            if metrics.is_empty() {
+                metrics = result.names.iter().map(|&name| (name, 0.0, 0)).collect();
+            }
+            for ((_, sum, n), &x) in metrics.iter_mut().zip(&result.values[1..]) {
+                // What a micro-batch has no example of, the others tell.
+                if !x.is_nan() {
+                    *sum += f64::from(x);
+                    *n += 1;
                 }
             }
         }
+        let metrics = metrics
+            .into_iter()
+            .map(|(name, sum, n)| (name, sum / f64::from(n)))
+            .collect();
         let loss = micro_losses.iter().sum::<f64>() * share;
         let grad_norm = gradients.norm();
         let updated = loss.is_finite() && grad_norm.is_finite();
@@ -301,7 +305,7 @@ pub fn preference_micro_batch(
 }
 
 /// The logits that predict each completion token, `[n_tokens, vocab]`.
-fn logits(
+pub(crate) fn logits(
     model: &Transformer,
     batch: &CompletionBatch,
     activations: Activations,
@@ -517,7 +521,7 @@ pub fn sft_micro_batch(
 }
 
 /// The value without its graph, whether it has one or not.
-fn plain<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+pub(crate) fn plain<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     if tensor.is_autodiff() {
         tensor.inner()
     } else {

@@ -11,6 +11,7 @@
 //! | AdamW, clipping | [`AdamW`] |
 //! | held-out judgement | [`evaluate`] |
 //! | rewards of every token of a file | [`score`] |
+//! | experiments on the paper's claims | [`reproduce`] |
 //!
 //! ```
 //! let recipe = trainer::Recipe::parse(
@@ -36,11 +37,13 @@ mod prepare;
 mod progress;
 mod recipe;
 pub mod reference;
+pub mod reproduce;
 mod run;
 mod sampling;
 pub mod score;
 mod stage;
 mod tensorboard;
+mod unpaired;
 mod workers;
 
 pub use cache::ReferenceCache;
@@ -62,4 +65,5 @@ pub use recipe::{
 };
 pub use run::{Finished, RunOptions, train};
 pub use sampling::{Policy, PromptSource, Prompts, SampleOptions, sample_prompts};
+pub use unpaired::UNPAIRED_METRICS;
 pub use workers::Workers;

@@ -46,6 +46,8 @@ enum Command {
     ///
     /// Writes a line of JSON for each prompt, and a page with the tree.
     Search(cli::SearchArgs),
+    /// Run an experiment on a claim of the paper.
+    Reproduce(cli::ReproduceArgs),
 }
 
 #[derive(Debug, Args)]
@@ -187,6 +189,10 @@ fn main() -> ExitCode {
         Command::Eval(args) => args.run(),
         Command::Score(args) => run_score(&args),
         Command::Search(args) => args.run(),
+        Command::Reproduce(args) => {
+            let command: Vec<String> = std::env::args().skip(1).collect();
+            args.run(format!("cargo xtask {}", command.join(" ")))
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -263,6 +269,7 @@ fn recipe(args: &TrainArgs) -> anyhow::Result<Recipe> {
                 .context("--model names no folder")?;
             let data = DataRecipe {
                 train: Sources::One(data.clone()),
+                sft: None,
                 eval: args.eval_data.clone(),
                 max_length: args.max_length.unwrap_or(1024),
                 malformed_rows: if args.drop_malformed_rows {

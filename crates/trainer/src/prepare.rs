@@ -5,17 +5,21 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 use lm::chat::ChatTemplate;
 use lm::data::{
-    DataError, DataReport, PreferencePair, SftExample, TokenizeOptions, load_rows,
-    read_preferences, tokenize_pairs_observed,
+    DataError, DataReport, LabelledExample, PreferencePair, PreferenceRow, SftExample,
+    TokenizeOptions, Tokenized, Treatment, load_rows, read_labelled, read_preferences, read_sft,
+    tokenize_labelled, tokenize_pairs_observed, tokenize_sft,
 };
 use lm::tokenizer::Tokenizer;
 use lm::{LlamaShape, LoraConfig, ModelConfig, Transformer};
 use memo_task::{Memo, MemoTask, Split};
+use serde_json::Value;
 
 use crate::error::TrainError;
 use crate::order::Source;
 use crate::progress::Progress;
 use crate::recipe::{DataRecipe, Recipe, TaskRecipe};
+use crate::reference::ReferenceLogps;
+use crate::unpaired::with_strangers;
 
 /// All that training needs, in tokens.
 #[derive(Debug)]
@@ -34,6 +38,12 @@ pub struct Prepared {
     pub files: Vec<PathBuf>,
     /// Held-out pairs; may be none.
     pub eval: Vec<PreferencePair>,
+    /// Labels of the pairs' first completions, training and held-out, where they are labelled one
+    /// by one; their second ones are then those of other prompts.
+    pub desirable: Option<[Vec<bool>; 2]>,
+    /// A weight for each token of each pair, training and held-out, where the recipe asks for them
+    /// and the data hold them.
+    pub token_weights: Option<[ReferenceLogps; 2]>,
     /// The embedded task and its held-out prompts, if it is the data.
     pub task: Option<PreparedTask>,
     /// What was read, dropped and cut, by file.
@@ -137,12 +147,21 @@ fn prepare_task(
             })
             .collect()
     };
-    let train = pairs(&task.pairs(Split::Train, numbers.train_pairs, recipe.seed));
+    let mut train = pairs(&task.pairs(Split::Train, numbers.train_pairs, recipe.seed));
+    let held_out = task.pairs(Split::Eval, numbers.eval_pairs, recipe.seed);
+    let mut eval = pairs(&held_out);
+    let mut desirable = None;
+    if recipe.preference.unpaired.is_some() {
+        let size = recipe.preference.batch_size;
+        let (labelled, train_labels) = with_strangers(apart(&train), size);
+        let (held_out, eval_labels) = with_strangers(apart(&eval), size);
+        (train, eval) = (labelled, held_out);
+        desirable = Some([train_labels, eval_labels]);
+    }
     let sources = vec![Source {
         examples: 0..train.len(),
         weight: 1.0,
     }];
-    let held_out = task.pairs(Split::Eval, numbers.eval_pairs, recipe.seed);
     let prompts = task
         .examples(Split::Prompts, numbers.eval_prompts, recipe.seed)
         .into_iter()
@@ -155,7 +174,9 @@ fn prepare_task(
         train,
         sources,
         files: Vec::new(),
-        eval: pairs(&held_out),
+        eval,
+        desirable,
+        token_weights: None,
         reports: Vec::new(),
         task: Some(PreparedTask {
             ceiling: memo_task::ceiling(&held_out),
@@ -187,8 +208,113 @@ fn prepare_files(
         ..TokenizeOptions::new(config.vocab_size)
     };
     let mut reports = Vec::new();
-    let mut read = |path: &Path, label: &str| -> Result<Vec<PreferencePair>, TrainError> {
-        let (rows, malformed) = load_rows(read_preferences(path)?, data.malformed_rows)?;
+    let reader = Reader {
+        tokenizer: &tokenizer,
+        template: template.as_ref(),
+        options: &options,
+        malformed: data.malformed_rows,
+    };
+    let sft = match &data.sft {
+        Some(path) => reader.read(
+            path,
+            "fine-tuning data",
+            &mut reports,
+            read_sft,
+            tokenize_sft,
+        )?,
+        None => Vec::new(),
+    };
+    let labelled = recipe.preference.unpaired.is_some();
+    let size = recipe.preference.batch_size;
+    let weighted = recipe.weighs_tokens_by_data();
+    let mut read = |path: &Path, label: &str| -> Result<_, TrainError> {
+        if labelled {
+            let examples =
+                reader.read(path, label, &mut reports, read_labelled, tokenize_labelled)?;
+            let (pairs, labels) = with_strangers(examples, size);
+            Ok((pairs, labels, Vec::new()))
+        } else {
+            let (pairs, weights) = reader.read_pairs(path, label, weighted, &mut reports)?;
+            Ok((pairs, Vec::new(), weights))
+        }
+    };
+    let (mut train, mut train_labels, mut train_weights) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut sources, mut files) = (Vec::new(), Vec::new());
+    for source in data.train.list() {
+        let from = train.len();
+        let (pairs, labels, weights) = read(&source.path, "training data")?;
+        train.extend(pairs);
+        train_labels.extend(labels);
+        train_weights.extend(weights);
+        sources.push(Source {
+            examples: from..train.len(),
+            weight: source.weight,
+        });
+        files.push(source.path);
+    }
+    let (eval, eval_labels, eval_weights) = match &data.eval {
+        Some(path) => read(path, "evaluation data")?,
+        None => (Vec::new(), Vec::new(), Vec::new()),
+    };
+    let model = Transformer::read(folder, device)?;
+    Ok(Prepared {
+        model,
+        tokenizer,
+        sft,
+        sources,
+        files,
+        token_weights: weighted.then(|| {
+            [
+                ReferenceLogps::of_tokens(&train, &train_weights),
+                ReferenceLogps::of_tokens(&eval, &eval_weights),
+            ]
+        }),
+        train,
+        eval,
+        desirable: labelled.then_some([train_labels, eval_labels]),
+        task: None,
+        reports,
+    })
+}
+
+/// Both completions of each pair, labelled.
+fn apart(pairs: &[PreferencePair]) -> Vec<LabelledExample> {
+    let sides = pairs.iter().flat_map(|pair| {
+        [(&pair.chosen_ids, true), (&pair.rejected_ids, false)]
+            .map(|(completion_ids, desirable)| (pair, completion_ids, desirable))
+    });
+    sides
+        .map(|(pair, completion_ids, desirable)| LabelledExample {
+            prompt_ids: pair.prompt_ids.clone(),
+            completion_ids: completion_ids.clone(),
+            desirable,
+            row: pair.row,
+        })
+        .collect()
+}
+
+/// What reads files into tokens.
+struct Reader<'a> {
+    tokenizer: &'a Tokenizer,
+    template: Option<&'a ChatTemplate>,
+    options: &'a TokenizeOptions,
+    malformed: Treatment,
+}
+
+type Reports = Vec<(String, DataReport)>;
+
+/// Weights of the tokens of a chosen and of a rejected completion.
+type PairWeights = [Vec<f32>; 2];
+
+impl Reader<'_> {
+    fn read_pairs(
+        &self,
+        path: &Path,
+        label: &str,
+        weighted: bool,
+        reports: &mut Reports,
+    ) -> Result<(Vec<PreferencePair>, Vec<PairWeights>), TrainError> {
+        let (rows, malformed) = load_rows(read_preferences(path)?, self.malformed)?;
         let progress = Progress::new(&format!("tokenize {label}"), "rows", rows.len(), 0);
         let progress = std::sync::Mutex::new(progress);
         let observe = || {
@@ -196,49 +322,107 @@ fn prepare_files(
                 progress.advance(1, "");
             }
         };
-        let mut tokenized =
-            tokenize_pairs_observed(&rows, &tokenizer, template.as_ref(), &options, &observe)
-                .map_err(|error| match error {
-                    // The one error about rows that does not say where they are.
-                    DataError::AllDropped { .. } => TrainError::DataFile {
-                        path: path.to_path_buf(),
-                        source: Box::new(error),
-                    },
-                    error => error.into(),
-                })?;
+        let tokenized =
+            tokenize_pairs_observed(&rows, self.tokenizer, self.template, self.options, &observe);
+        let tokenized = tokenized.map_err(|error| of_file(path, error))?;
         if let Ok(progress) = progress.into_inner() {
             progress.finish();
         }
-        tokenized.report += &malformed;
-        eprintln!("{}", tokenized.report);
-        reports.push((path.display().to_string(), tokenized.report));
-        Ok(tokenized.examples)
-    };
-    let mut train = Vec::new();
-    let (mut sources, mut files) = (Vec::new(), Vec::new());
-    for source in data.train.list() {
-        let from = train.len();
-        train.extend(read(&source.path, "training data")?);
-        sources.push(Source {
-            examples: from..train.len(),
-            weight: source.weight,
-        });
-        files.push(source.path);
+        let pairs = kept(path, tokenized, &malformed, reports);
+        let mut weights = Vec::new();
+        if weighted {
+            for pair in &pairs {
+                let row = &rows[pair.row];
+                let of = |column, ids: &[u32]| {
+                    let most = self.options.max_length.unwrap_or(usize::MAX);
+                    let cut = pair.prompt_ids.len() + ids.len() >= most;
+                    weights_of(row, column, ids.len(), cut).map_err(|reason| TrainError::Prompt {
+                        path: path.to_path_buf(),
+                        row: pair.row,
+                        reason,
+                    })
+                };
+                weights.push([
+                    of("chosen_token_weights", &pair.chosen_ids)?,
+                    of("rejected_token_weights", &pair.rejected_ids)?,
+                ]);
+            }
+        }
+        Ok((pairs, weights))
     }
-    let eval = match &data.eval {
-        Some(path) => read(path, "evaluation data")?,
-        None => Vec::new(),
-    };
-    let model = Transformer::read(folder, device)?;
-    Ok(Prepared {
-        model,
-        tokenizer,
-        sft: Vec::new(),
-        train,
-        sources,
-        files,
-        eval,
-        task: None,
-        reports,
-    })
+
+    fn read<R, T, I: Iterator<Item = Result<R, DataError>>>(
+        &self,
+        path: &Path,
+        label: &str,
+        reports: &mut Reports,
+        open: impl FnOnce(&Path) -> Result<I, DataError>,
+        tokenize: impl FnOnce(
+            &[R],
+            &Tokenizer,
+            Option<&ChatTemplate>,
+            &TokenizeOptions,
+        ) -> Result<Tokenized<T>, DataError>,
+    ) -> Result<Vec<T>, TrainError> {
+        let (rows, malformed) = load_rows(open(path)?, self.malformed)?;
+        let progress = Progress::new(&format!("tokenize {label}"), "rows", rows.len(), 0);
+        let tokenized = tokenize(&rows, self.tokenizer, self.template, self.options);
+        let tokenized = tokenized.map_err(|error| of_file(path, error))?;
+        progress.finish();
+        Ok(kept(path, tokenized, &malformed, reports))
+    }
+}
+
+/// The weights of a completion's tokens: one for each, but that of an end of sequence that was
+/// added may be missing and is then 1, and those of tokens that were cut are left out.
+fn weights_of(
+    row: &PreferenceRow,
+    column: &str,
+    n_tokens: usize,
+    cut: bool,
+) -> Result<Vec<f32>, String> {
+    let expected = format!("column `{column}`: expected a list of {n_tokens} finite numbers");
+    let list = row.extra.get(column).and_then(Value::as_array);
+    let list = list.ok_or_else(|| format!("{expected}, got none"))?;
+    let mut weights: Vec<f32> = list
+        .iter()
+        .filter_map(|weight| weight.as_f64().map(|weight| weight as f32))
+        .filter(|weight| weight.is_finite())
+        .collect();
+    let fits = weights.len() == n_tokens
+        || weights.len() + 1 == n_tokens
+        || (cut && weights.len() > n_tokens);
+    if weights.len() != list.len() || !fits {
+        return Err(format!(
+            "{expected}, got {} of {}",
+            weights.len(),
+            list.len()
+        ));
+    }
+    weights.resize(n_tokens, 1.0);
+    Ok(weights)
+}
+
+/// The one error about rows that does not say where they are, with its file.
+fn of_file(path: &Path, error: DataError) -> TrainError {
+    match error {
+        DataError::AllDropped { .. } => TrainError::DataFile {
+            path: path.to_path_buf(),
+            source: Box::new(error),
+        },
+        error => error.into(),
+    }
+}
+
+/// The examples, after what became of the rows is said and kept.
+fn kept<T>(
+    path: &Path,
+    mut tokenized: Tokenized<T>,
+    malformed: &DataReport,
+    reports: &mut Reports,
+) -> Vec<T> {
+    tokenized.report += malformed;
+    eprintln!("{}", tokenized.report);
+    reports.push((path.display().to_string(), tokenized.report));
+    tokenized.examples
 }

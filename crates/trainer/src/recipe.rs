@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use dpo_loss::{Beta, Objectives};
+use dpo_loss::{Beta, Objectives, UnpairedObjective};
 use lm::data::{Boundary, EmptyCompletions, Treatment};
 use lm::{FreezeSpec, LoraConfig, Transformer};
 use memo_task::MemoConfig;
@@ -99,6 +99,9 @@ pub struct DataRecipe {
     /// The pairs to train on: JSON lines, a JSON array, or Parquet. A path, or a list of
     /// `{ path, weight }`.
     pub train: Sources,
+    /// What fine-tuning learns, for `[sft]`: texts, conversations, or prompts with completions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sft: Option<PathBuf>,
     /// The pairs to evaluate on; none means that nothing is evaluated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval: Option<PathBuf>,
@@ -192,6 +195,10 @@ pub struct PreferenceRecipe {
     pub beta: Beta,
     /// The loss, by TRL's names: one or several with weights, and their parameters.
     pub objective: Objectives,
+    /// A loss of completions that are labelled one by one, in place of `objective`: KTO. The data
+    /// then have columns `prompt`, `completion` and `label`, and each row counts as a pair.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unpaired: Option<UnpairedObjective>,
     /// Passes over the pairs.
     pub epochs: f64,
     /// The most steps; 0 sets no limit.
@@ -413,6 +420,7 @@ impl Default for PreferenceRecipe {
         Self {
             beta: Beta::new(0.1).expect("a tenth is a valid strength"),
             objective: Objectives::default(),
+            unpaired: None,
             epochs: 1.0,
             max_steps: 0,
             batch_size: 8,
@@ -596,6 +604,9 @@ impl Recipe {
                         &"none",
                     ));
                 }
+                if data.sft.is_some() && self.sft.is_none() {
+                    return Err(wrong("data.sft", "[sft] beside it", &"none"));
+                }
                 if data.max_length < 2 {
                     return Err(wrong("data.max_length", "at least 2", &data.max_length));
                 }
@@ -624,12 +635,8 @@ impl Recipe {
             }
         }
         if let Some(sft) = &self.sft {
-            if self.data.is_some() {
-                return Err(wrong(
-                    "sft",
-                    "none, since [data] holds preferences",
-                    &"a stage",
-                ));
+            if self.data.as_ref().is_some_and(|data| data.sft.is_none()) {
+                return Err(wrong("data.sft", "a file, since there is [sft]", &"none"));
             }
             if self
                 .task
@@ -715,18 +722,36 @@ impl Recipe {
         Ok(model.with_frozen(&freeze)?)
     }
 
+    /// Whether the data hold a weight for each token.
+    pub(crate) fn weighs_tokens_by_data(&self) -> bool {
+        let stage = &self.preference;
+        stage.objective.needs().token_weights && stage.contrast.is_none()
+    }
+
     /// Checks that the trainer has what the losses need.
     fn check_objective(&self, wrong: &Wrong<'_>) -> Result<(), TrainError> {
         let stage = &self.preference;
         let needs = stage.objective.needs();
         let key = "preference.objective";
+        if let Some(unpaired) = &stage.unpaired {
+            let key = "preference.unpaired";
+            if let Err(error) = unpaired.check() {
+                return Err(wrong(key, "weights in range", &error));
+            }
+            if stage.objective != Objectives::default() {
+                return Err(wrong(key, "no `objective` beside it", &"both"));
+            }
+            if stage.sync_reference.is_some() {
+                return Err(wrong(key, "no `sync_reference` beside it", &"both"));
+            }
+        }
         if needs.step_mask {
             let expected = "losses over whole completions";
             let got = "`step`; write the shared steps into the prompt, and `sigmoid` is that loss";
             return Err(wrong(key, expected, &got));
         }
         match (&stage.contrast, needs.token_weights) {
-            (None, true) => {
+            (None, true) if self.data.is_none() => {
                 let expected = "[preference.contrast] beside `token_weighted`";
                 return Err(wrong(key, expected, &"none"));
             }

@@ -55,6 +55,11 @@ impl TokenRows {
         &self.values[self.bounds[index]..self.bounds[index + 1]]
     }
 
+    /// The numbers of all completions.
+    pub fn values(&self) -> &[f32] {
+        &self.values
+    }
+
     fn row_mut(&mut self, index: usize) -> &mut [f32] {
         &mut self.values[self.bounds[index]..self.bounds[index + 1]]
     }
@@ -141,6 +146,27 @@ impl ReferenceLogps {
             .expect("no worker panics holding the lock")
             .finish();
         logps
+    }
+
+    /// Other numbers of the same tokens: for each pair those of its chosen and of its rejected
+    /// completion, one for each token; that of a first token which is not predicted is left out.
+    ///
+    /// # Panics
+    ///
+    /// If a completion has fewer numbers than tokens.
+    pub(crate) fn of_tokens(pairs: &[PreferencePair], values: &[[Vec<f32>; 2]]) -> Self {
+        let mut table = Self::zeros(pairs);
+        for (index, [chosen, rejected]) in values.iter().enumerate() {
+            let pair = &pairs[index];
+            for (side, ids, values) in [
+                (&mut table.chosen, &pair.chosen_ids, chosen),
+                (&mut table.rejected, &pair.rejected_ids, rejected),
+            ] {
+                let row = side.row_mut(index);
+                row.copy_from_slice(&values[ids.len() - row.len()..ids.len()]);
+            }
+        }
+        table
     }
 
     /// The logps of some pairs, laid out as `batch`, which holds those pairs in that order.

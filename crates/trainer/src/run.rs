@@ -28,6 +28,7 @@ use crate::prepare::{Prepared, prepare};
 use crate::recipe::{ContrastRecipe, PreferenceRecipe, Recipe};
 use crate::reference::{ReferenceLogps, pair_batch};
 use crate::stage::{Calls, Done, Place, Stage};
+use crate::unpaired::Labelled;
 use crate::workers::Workers;
 use judge::Estimate;
 
@@ -252,6 +253,19 @@ fn inputs_digest(prepared: &Prepared, recipe: &Recipe) -> Result<String, TrainEr
         add(&pair.chosen_ids);
         add(&pair.rejected_ids);
     }
+    for labels in prepared.desirable.iter().flatten() {
+        let labels: Vec<u32> = labels.iter().map(|&label| u32::from(label)).collect();
+        add(&labels);
+    }
+    for weights in prepared.token_weights.iter().flatten() {
+        let values = weights
+            .chosen
+            .values()
+            .iter()
+            .chain(weights.rejected.values());
+        let bits: Vec<u32> = values.map(|weight| weight.to_bits()).collect();
+        add(&bits);
+    }
     for (_, prompt) in prepared.task.iter().flat_map(|task| &task.prompts) {
         add(prompt);
     }
@@ -301,14 +315,14 @@ impl Run<'_> {
             .rev()
             .find(|line| line.contains_key("eval_loss"));
         if let Some(last) = last {
-            summary.insert(
-                "eval_reward_accuracy".into(),
-                last["eval_rewards/accuracies"].clone(),
-            );
-            summary.insert(
-                "eval_reward_margin".into(),
-                last["eval_rewards/margins"].clone(),
-            );
+            for (key, metric) in [
+                ("eval_reward_accuracy", "eval_rewards/accuracies"),
+                ("eval_reward_margin", "eval_rewards/margins"),
+            ] {
+                if let Some(value) = last.get(metric) {
+                    summary.insert(key.into(), value.clone());
+                }
+            }
             summary.insert("n_eval_pairs".into(), self.prepared.eval.len().into());
         }
         let judged = self.judge(&reference, &policy, &mut summary)?;
@@ -456,7 +470,11 @@ impl Run<'_> {
         let train = &self.prepared.train;
         Stage {
             name: PREFERENCE,
-            unit: "pairs",
+            unit: if recipe.unpaired.is_some() {
+                "examples"
+            } else {
+                "pairs"
+            },
             sources: self.prepared.sources.clone(),
             lengths: recipe.group_by_length.then(|| {
                 let length = |pair: &PreferencePair| {
@@ -504,8 +522,23 @@ impl Run<'_> {
             against.compared(pairs, batch, moved.unwrap_or(start), device)
         };
         let mut warned = false;
+        let labels = |side: usize| match &self.prepared.desirable {
+            Some(labels) => &labels[side][..],
+            None => &[],
+        };
+        let labelled = |pairs, against: &Against, side| {
+            let logps = against.logps.as_ref()?;
+            let objective = recipe.unpaired.as_ref()?;
+            Some((objective, Labelled::new(pairs, labels(side), logps)))
+        };
+        let train_labelled = labelled(train, &train_against, 0);
+        let eval_labelled = labelled(eval, &eval_against, 1);
         let calls = Calls {
             micro: |model: &Transformer, moved: Option<&Transformer>, pairs: &[usize]| {
+                if let Some((objective, labelled)) = &train_labelled {
+                    let loss = (*objective, recipe.beta);
+                    return labelled.micro_batch(model, pairs, loss, self.activations());
+                }
                 let batch = self.batch(train, pairs, model);
                 let compared = compared(&train_against, &batch, pairs, moved);
                 let (loss, beta) = (&recipe.objective, recipe.beta);
@@ -514,6 +547,10 @@ impl Run<'_> {
             evaluate: |learner: &Learner, step: usize| {
                 let model = learner.snapshot();
                 let moved = learner.reference.as_ref();
+                if let Some((objective, labelled)) = &eval_labelled {
+                    let (loss, size) = ((*objective, recipe.beta), recipe.eval_batch_size);
+                    return Ok(labelled.metrics(&model, loss, size, &self.workers));
+                }
                 let mut values = preference_metrics(
                     &model,
                     eval,
@@ -664,7 +701,12 @@ impl Run<'_> {
                 ))
             }
         };
-        Ok(Against { logps, contrast })
+        let weights = self.prepared.token_weights.as_ref();
+        Ok(Against {
+            logps,
+            contrast,
+            weights: weights.map(|[train, eval]| if split == TRAIN { train } else { eval }.clone()),
+        })
     }
 
     fn reference_logps(
@@ -828,6 +870,8 @@ struct Against {
     logps: Option<ReferenceLogps>,
     /// Logps of a model of good completions and of one of bad ones.
     contrast: Option<(ReferenceLogps, ReferenceLogps, ContrastRecipe)>,
+    /// Weights of tokens from the data.
+    weights: Option<ReferenceLogps>,
 }
 
 impl Against {
@@ -859,9 +903,16 @@ impl Against {
                 rejected: weights(&positive.rejected, &negative.rejected, -recipe.scale),
             }
         });
+        let of_data = self.weights.as_ref().map(|weights| {
+            let table = weights.of(pairs, batch, device);
+            PairTable {
+                chosen: table.chosen.values,
+                rejected: table.rejected.values,
+            }
+        });
         Compared {
             reference,
-            token_weights,
+            token_weights: token_weights.or(of_data),
         }
     }
 }

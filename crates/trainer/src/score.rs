@@ -149,7 +149,7 @@ pub fn score(options: &ScoreOptions) -> Result<ScoreOutcome, TrainError> {
     let device = crate::device::device(&options.device)?;
     let (encoder, beta, config) = prepare(options)?;
     let n_rows = rows::count(&options.data, options.malformed_rows, options.max_rows)?;
-    let models = read_models(options, &config, &device)?;
+    let models = read_models(options, &device)?;
     let vocabulary = Vocabulary::new(&encoder.tokenizer, config.vocab_size);
     std::fs::create_dir_all(&options.out).map_err(TrainError::io(&options.out))?;
 
@@ -266,15 +266,10 @@ fn beta_of_run(policy: &Path) -> Result<Beta, TrainError> {
     Ok(Beta::new(DEFAULT_BETA).expect("a tenth is a valid strength"))
 }
 
-fn read_models(
-    options: &ScoreOptions,
-    config: &ModelConfig,
-    device: &Device,
-) -> Result<Models, TrainError> {
+fn read_models(options: &ScoreOptions, device: &Device) -> Result<Models, TrainError> {
     Ok(Models {
         policy: Transformer::read(&options.policy, device)?,
         reference: Transformer::read(&options.reference, device)?,
-        vocab_size: config.vocab_size,
         candidates: options.candidates,
     })
 }
@@ -351,9 +346,9 @@ impl Run<'_> {
                 file.write_all(written.lines.as_bytes())
                     .map_err(TrainError::io(&options.out))?;
                 self.figures.add(&written.figures);
-                if let Some(row) = written.row {
+                if let Some((row, encoded)) = written.row {
                     self.page
-                        .add(&row, |id| self.vocabulary.word(id).to_owned());
+                        .add(encoded, |id| self.vocabulary.word(id).to_owned());
                     if self.rows.len() < options.show.min(SHOWN) {
                         self.rows.push(row);
                     }

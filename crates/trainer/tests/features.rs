@@ -377,6 +377,172 @@ fn gradient_checkpointing_changes_memory_and_nothing_else() {
 }
 
 #[test]
+fn completions_labelled_one_by_one_train_by_kto_and_survive_a_resume() {
+    for loss in ["kto", "apo_zero_unpaired"] {
+        let keys = format!("unpaired = {{ loss = \"{loss}\", undesirable_weight = 1.5 }}");
+        let (_folder, recipe, out) = place(&[
+            ("[preference]", &format!("[preference]\n{keys}")),
+            ("learning_rate = 1e-3", "learning_rate = 5e-3"),
+            ("epochs = 2.0", "epochs = 1.0"),
+        ]);
+        succeed(&mut train(&recipe, &out));
+        let lines = metrics(&out);
+        let steps: Vec<_> = lines
+            .iter()
+            .filter(|line| line["stage"] == "preference" && line.contains_key("loss"))
+            .collect();
+        // 40 pairs are 80 labelled completions, 4 a step.
+        assert_eq!(steps.len(), 20);
+        // Policy and reference are one at first: every completion loses a half times its weight,
+        // 1 or 1.5, in the mean over four.
+        let first = steps[0]["loss"].as_f64().unwrap();
+        let undesirable = (first - 0.5) / (0.5 * 0.5 / 4.0);
+        let whole = undesirable.round();
+        assert!(
+            (undesirable - whole).abs() < 1e-4 && (0.0..=4.0).contains(&whole),
+            "{first}"
+        );
+        let mean = |name: &str| -> f64 {
+            let values = steps[15..].iter().filter_map(|line| line[name].as_f64());
+            values.sum::<f64>() / 5.0
+        };
+        assert!(mean("rewards/chosen") > mean("rewards/rejected"));
+        assert!(steps.iter().all(|line| line["kl"].as_f64().unwrap() >= 0.0));
+        assert!(lines.iter().any(|line| line.contains_key("eval_loss")));
+        let whole = weights(&out);
+        again_from(&recipe, &out, 15);
+        assert_eq!(weights(&out), whole);
+    }
+}
+
+#[test]
+fn weights_of_tokens_are_read_from_the_data() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_folder(folder.path(), "llama_tied");
+    let text = std::fs::read_to_string(testdata("trl/pairs.jsonl")).unwrap();
+    let tokenizer = lm::tokenizer::Tokenizer::from_folder(&model).unwrap();
+    let rows = lm::data::read_preferences(&testdata("trl/pairs.jsonl")).unwrap();
+    let rows: Vec<_> = rows.map(Result::unwrap).collect();
+    let options = lm::data::TokenizeOptions::new(tokenizer.vocab_size());
+    let pairs = lm::data::tokenize_pairs(&rows, &tokenizer, None, &options).unwrap();
+    let weighted = |weight: f64, more: usize| -> String {
+        let rows = text.lines().zip(&pairs.examples).map(|(line, pair)| {
+            let mut row: Value = serde_json::from_str(line).unwrap();
+            for (side, ids) in [
+                ("chosen", &pair.chosen_ids),
+                ("rejected", &pair.rejected_ids),
+            ] {
+                let weights = vec![weight; ids.len() - 1 + more];
+                row[format!("{side}_token_weights")] = weights.into();
+            }
+            row.to_string()
+        });
+        rows.collect::<Vec<_>>().join("\n")
+    };
+    let run = |name: &str, loss: &str, data: String| {
+        let data = write(folder.path(), &format!("{name}.jsonl"), data);
+        let recipe = format!(
+            "name = \"weighted\"\n[model]\npath = {model:?}\n[data]\ntrain = {data:?}\n\
+             [preference]\nmax_steps = 3\nobjective = {{ loss = \"{loss}\" }}\n\
+             [preference.optimizer]\nlearning_rate = 1e-3\n"
+        );
+        let recipe = write(folder.path(), &format!("{name}.toml"), recipe);
+        let out = folder.path().join(name);
+        (train(&recipe, &out), out)
+    };
+    // Weights of one are no weights; the end of sequence has its own, or one.
+    let (mut command, plain) = run("plain", "sigmoid", text.clone());
+    succeed(&mut command);
+    let plain = tensors(&plain.join("model/model.safetensors"));
+    for (name, more) in [("ones", 0), ("ones-and-end", 1)] {
+        let (mut command, out) = run(name, "token_weighted", weighted(1.0, more));
+        succeed(&mut command);
+        for ((name, one), (_, two)) in plain
+            .iter()
+            .zip(&tensors(&out.join("model/model.safetensors")))
+        {
+            for (one, two) in one.iter().zip(two) {
+                assert!((one - two).abs() < 1e-5, "{name}: {one} {two}");
+            }
+        }
+    }
+    let (mut command, half) = run("half", "token_weighted", weighted(0.5, 1));
+    succeed(&mut command);
+    assert_ne!(tensors(&half.join("model/model.safetensors")), plain);
+    // A list that does not fit is named.
+    let (mut command, _) = run("long", "token_weighted", weighted(1.0, 2));
+    let said = fail(&mut command);
+    assert!(
+        said.contains("long.jsonl row 0") && said.contains("chosen_token_weights"),
+        "{said}"
+    );
+}
+
+#[test]
+fn files_of_labels_and_of_completions_to_fine_tune_on_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_folder(folder.path(), "llama_tied");
+    let text = std::fs::read_to_string(testdata("trl/pairs.jsonl")).unwrap();
+    let rows: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let labelled: Vec<String> = rows
+        .iter()
+        .enumerate()
+        .map(|(row, pair)| {
+            let side = if row % 2 == 0 { "chosen" } else { "rejected" };
+            let label = row % 2 == 0;
+            let (prompt, completion) = (&pair["prompt"], &pair[side]);
+            format!("{{\"prompt\": {prompt}, \"completion\": {completion}, \"label\": {label}}}")
+        })
+        .collect();
+    let completions: Vec<String> = rows
+        .iter()
+        .map(|pair| {
+            format!(
+                "{{\"prompt\": {}, \"completion\": {}}}",
+                pair["prompt"], pair["chosen"]
+            )
+        })
+        .collect();
+    let labels = write(folder.path(), "labels.jsonl", labelled.join("\n"));
+    let texts = write(folder.path(), "texts.jsonl", completions.join("\n"));
+    let recipe = |sft: &str| {
+        format!(
+            "name = \"kto\"\n[model]\npath = {model:?}\n[data]\nmax_length = 64\n\
+             train = {labels:?}\nsft = {texts:?}\n{sft}\n\
+             [preference]\nbatch_size = 4\nmax_steps = 3\nunpaired = {{}}\n"
+        )
+    };
+    let path = write(folder.path(), "kto.toml", recipe("[sft]\nbatch_size = 8"));
+    let out = folder.path().join("run");
+    succeed(&mut train(&path, &out));
+    let count = |stage: &str| {
+        let lines = metrics(&out);
+        lines
+            .iter()
+            .filter(|line| line["stage"] == stage && line.contains_key("loss"))
+            .count()
+    };
+    assert_eq!(
+        (count("sft"), count("preference")),
+        (rows.len().div_ceil(8), 3)
+    );
+    // A file that nothing reads is a mistake, and so are preferences where labels are asked for.
+    let path = write(folder.path(), "bad.toml", recipe(""));
+    let said = fail(&mut train(&path, &folder.path().join("bad")));
+    assert!(said.contains("data.sft"), "{said}");
+    std::fs::write(&labels, &text).unwrap();
+    let path = write(folder.path(), "kto.toml", recipe("[sft]"));
+    let said = fail(&mut train(&path, &folder.path().join("bad")));
+    assert!(
+        said.contains("labels.jsonl") && said.contains("completion"),
+        "{said}"
+    );
+}
+
+#[test]
 fn an_event_file_for_tensorboard_lies_beside_the_metrics() {
     let (_folder, recipe, out) = place(&[]);
     succeed(&mut train(&recipe, &out));

@@ -376,9 +376,15 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
                 }
             }
         }
+        let prunes_solved = self.prunes_solved();
         for node in frontier {
-            self.nodes[node.index()].evaluated = true;
-            self.nodes[node.index()].total = self.nodes[node.index()].value;
+            let node = &mut self.nodes[node.index()];
+            if node.count == 0 && prunes_solved {
+                // Nothing may follow, so no completion can be had here.
+                node.value = f64::NEG_INFINITY;
+            }
+            node.evaluated = true;
+            node.total = node.value;
         }
         Ok(true)
     }
@@ -467,6 +473,9 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
     }
 
     fn see(&mut self, q: f64) {
+        if !q.is_finite() {
+            return;
+        }
         self.range = Some(match self.range {
             None => (q, q),
             Some((low, high)) => (low.min(q), high.max(q)),
@@ -487,11 +496,13 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
                 }
         };
         let mut solved = node.expanded;
-        let mut any = false;
+        let (mut any, mut open, mut searched) = (false, false, false);
         let mut largest = f64::NEG_INFINITY;
         for child in children {
             solved &= child.solved;
             any |= child.evaluated;
+            open |= !child.evaluated;
+            searched |= child.expanded;
             if self.config.backup == Backup::Soft {
                 largest = largest.max(soft(child));
             } else if child.evaluated {
@@ -499,18 +510,22 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
             }
         }
         self.nodes[at].solved = solved;
+        if self.config.backup == Backup::Max {
+            // A rollout's score was reached; a guess holds until something below was looked at.
+            let reached = matches!(self.leaf, Leaf::Rollouts(_));
+            if open && (reached || !searched) {
+                largest = largest.max(node.total);
+            }
+        }
         // Where nothing below was valued yet, the leaf value stays.
         if any {
-            self.nodes[at].value = if self.config.backup == Backup::Soft {
-                let children = &self.nodes[node.children()];
-                let sum: f64 = children
-                    .iter()
-                    .map(|child| (soft(child) - largest).exp())
-                    .sum();
-                largest + sum.ln()
-            } else {
-                largest
+            let children = &self.nodes[node.children()];
+            let sum = || {
+                let terms = children.iter().map(|child| (soft(child) - largest).exp());
+                terms.sum::<f64>()
             };
+            let is_soft = self.config.backup == Backup::Soft && largest.is_finite();
+            self.nodes[at].value = largest + if is_soft { sum().ln() } else { 0.0 };
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod eval;
 mod prefer;
+mod reproduce;
 mod sample;
 mod search;
 
@@ -19,6 +20,7 @@ use trainer::{PromptSource, SampleOptions};
 
 pub(crate) use eval::EvalArgs;
 pub(crate) use prefer::PreferArgs;
+pub(crate) use reproduce::ReproduceArgs;
 pub(crate) use sample::SampleArgs;
 pub(crate) use search::SearchArgs;
 

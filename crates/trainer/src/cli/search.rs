@@ -4,14 +4,16 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
+use burn::tensor::Device;
 use clap::{Args, ValueEnum};
 use lm::PrefixCache;
+use lm::chat::{ChatTemplate, Message, RenderOptions};
 use mdp_core::Beta;
 use report::{Card, FoundCompletion, SearchNode, SearchedPrompt, search_page};
 use search::{
     Backup, BeamConfig, BestFirstConfig, Budget, Commit, Constraints, EarlyStopping, Judge, Leaf,
-    LookaheadConfig, MctsConfig, Request, RootChoice, SampleConfig, Score, SearchOutput, Stopped,
-    beam_search, best_first, best_of_n, greedy, lookahead, mcts, sample,
+    LookaheadConfig, MctsConfig, PrefixModel, ProxyTuned, Request, RootChoice, SampleConfig, Score,
+    SearchOutput, Stopped, beam_search, best_first, best_of_n, greedy, lookahead, mcts, sample,
 };
 use serde_json::{Value, json};
 use trainer::{Policy, PromptSource, Prompts, device};
@@ -20,6 +22,8 @@ use super::write_rows;
 
 /// Set by Ctrl-C: the search at hand returns its best so far, and no further one begins.
 static CANCELLED: AtomicBool = AtomicBool::new(false);
+/// What a shell reports of a program that SIGINT ended.
+const INTERRUPTED: i32 = 130;
 
 /// What `search` takes.
 #[derive(Debug, Args)]
@@ -30,9 +34,26 @@ pub(crate) struct SearchArgs {
     /// Its reference, of the same tokens.
     #[arg(long, value_name = "DIR")]
     reference: Option<PathBuf>,
+    /// Proxy tuning: search the policy moved as this model was moved from --anti-expert.
+    #[arg(
+        long,
+        value_name = "DIR",
+        requires = "anti_expert",
+        conflicts_with = "reference"
+    )]
+    expert: Option<PathBuf>,
+    /// Proxy tuning: what --expert was before its training.
+    #[arg(long, value_name = "DIR", requires = "expert")]
+    anti_expert: Option<PathBuf>,
+    /// Proxy tuning: how far to go; 0 is the policy alone.
+    #[arg(long, default_value_t = 1.0, requires = "expert")]
+    alpha: f64,
     /// One prompt.
     #[arg(long, value_name = "TEXT", group = "which")]
     prompt: Option<String>,
+    /// Put --prompt into the policy's chat template, as a user's message.
+    #[arg(long, requires = "prompt")]
+    chat: bool,
     /// Prompts: JSON lines with a column `prompt`, a string or a list of messages.
     #[arg(long, value_name = "FILE", group = "which")]
     data: Option<PathBuf>,
@@ -184,22 +205,46 @@ impl SearchArgs {
         let beta = Beta::new(self.beta).context("--beta")?;
         let device = device(&self.device)?;
         let policy = Policy::read(&self.policy, &device)?;
-        let reference = self.reference.as_deref();
-        let reference = reference.map(|f| Policy::read(f, &device)).transpose()?;
+        let read = |folder: &Option<PathBuf>| {
+            let folder = folder.as_deref();
+            folder
+                .map(|folder| other(folder, &policy, &device))
+                .transpose()
+        };
+        let (reference, expert) = (read(&self.reference)?, read(&self.expert)?);
+        let anti_expert = read(&self.anti_expert)?;
         let prompts = self.prompts(&policy)?;
-        let mut model = PrefixCache::new(&policy.model);
-        if let Some(reference) = &reference {
-            model = model.with_reference(&reference.model)?;
-        }
-        if let Some(mib) = self.cache_mib {
-            model = model.limit_bytes(mib << 20);
-        }
+        let cache = |model| {
+            let cache = PrefixCache::new(model);
+            match self.cache_mib {
+                Some(mib) => cache.limit_bytes(mib.saturating_mul(1 << 20)),
+                None => cache,
+            }
+        };
+        let mut model: Box<dyn PrefixModel + '_> = match (&reference, &expert, &anti_expert) {
+            (Some(reference), ..) => {
+                Box::new(cache(&policy.model).with_reference(&reference.model)?)
+            }
+            (_, Some(expert), Some(anti_expert)) => Box::new(ProxyTuned::new(
+                cache(&policy.model),
+                cache(&expert.model),
+                cache(&anti_expert.model),
+                self.alpha,
+            )?),
+            _ => Box::new(cache(&policy.model)),
+        };
         let stop = self
             .stop
             .iter()
             .map(|text| policy.tokenizer.encode_plain(text));
         let stop = stop.collect::<Result<Vec<_>, _>>()?;
-        ctrlc::set_handler(|| CANCELLED.store(true, Ordering::Relaxed)).context("Ctrl-C")?;
+        ctrlc::set_handler(|| {
+            // Who asks twice does not want to wait for the batch at hand.
+            if CANCELLED.swap(true, Ordering::Relaxed) {
+                std::process::exit(INTERRUPTED);
+            }
+        })
+        .context("Ctrl-C")?;
         let (mut rows, mut pages) = (Vec::new(), Vec::new());
         let (mut seconds, mut states) = (0.0, 0);
         for (number, (text, ids)) in prompts.texts.iter().zip(&prompts.ids).enumerate() {
@@ -232,7 +277,7 @@ impl SearchArgs {
                 ..Request::new(&ids[..], policy.tokenizer.eos_ids(), self.max_new_tokens)
             };
             let output = self
-                .search(&mut model, &request)
+                .search(&mut *model, &request)
                 .with_context(|| format!("prompt {number}, from 0"))?;
             seconds += output.stats.seconds;
             states += output.stats.states_expanded;
@@ -263,7 +308,7 @@ impl SearchArgs {
             name_of(self.algorithm),
             name_of(self.score)
         );
-        let subtitle = subtitle(&self.policy, self.reference.as_deref());
+        let subtitle = self.subtitle();
         report::write_atomically(&page, &search_page(&title, &subtitle, &cards, &pages))?;
         if CANCELLED.load(Ordering::Relaxed) {
             eprintln!("stopped: the best found so far is written");
@@ -274,8 +319,41 @@ impl SearchArgs {
         Ok(())
     }
 
+    /// The models searched with.
+    fn subtitle(&self) -> String {
+        let others = [
+            ("reference", &self.reference),
+            ("expert", &self.expert),
+            ("anti-expert", &self.anti_expert),
+        ];
+        let mut text = format!("policy {}", self.policy.display());
+        for (name, folder) in others {
+            if let Some(folder) = folder {
+                text += &format!(", {name} {}", folder.display());
+            }
+        }
+        text
+    }
+
     fn prompts(&self, policy: &Policy) -> anyhow::Result<Prompts> {
         let source = match (&self.prompt, &self.data, self.memo_prompts) {
+            (Some(text), ..) if self.chat => {
+                let template = ChatTemplate::from_tokenizer(&policy.tokenizer)?;
+                let Some(template) = template else {
+                    bail!("--chat: {} has no chat template", self.policy.display());
+                };
+                let message: Message =
+                    serde_json::from_value(json!({"role": "user", "content": text}))?;
+                let options = RenderOptions {
+                    add_generation_prompt: true,
+                    ..RenderOptions::default()
+                };
+                let text = template.render(&[message], &options)?;
+                return Ok(Prompts {
+                    ids: vec![policy.tokenizer.encode_plain(&text)?],
+                    texts: vec![text],
+                });
+            }
             (Some(text), ..) => {
                 return Ok(Prompts {
                     texts: vec![text.clone()],
@@ -291,7 +369,7 @@ impl SearchArgs {
 
     fn search(
         &self,
-        model: &mut PrefixCache<'_>,
+        model: &mut (dyn PrefixModel + '_),
         request: &Request<'_>,
     ) -> Result<SearchOutput, search::SearchError> {
         let drawn = SampleConfig {
@@ -371,13 +449,19 @@ fn name_of(value: impl ValueEnum) -> String {
     value.map_or_else(String::new, |value| value.get_name().to_string())
 }
 
-fn subtitle(policy: &Path, reference: Option<&Path>) -> String {
-    let reference = reference.map(|folder| format!("\nreference {}", folder.display()));
-    format!(
-        "policy {}{}",
-        policy.display(),
-        reference.unwrap_or_default()
-    )
+/// A model beside the policy, which must have the policy's tokens.
+fn other(folder: &Path, policy: &Policy, device: &Device) -> anyhow::Result<Policy> {
+    let other = Policy::read(folder, device)?;
+    let vocab = |policy: &Policy| policy.model.config().vocab_size;
+    if vocab(&other) != vocab(policy) {
+        bail!(
+            "{}: has a vocabulary of {}, the policy one of {}",
+            folder.display(),
+            vocab(&other),
+            vocab(policy)
+        );
+    }
+    Ok(other)
 }
 
 fn card(label: &str, value: &str, note: &str) -> Card {

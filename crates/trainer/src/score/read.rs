@@ -7,9 +7,8 @@ use lm::{CompletionBatch, Transformer};
 use super::rows::Item;
 use crate::error::TrainError;
 
-/// Logits of one model that exist at a time, in numbers: 4 MiB of f32, which caches hold ...
-const TILE: usize = 1 << 20;
-/// ... but no fewer rows than these, below which a matrix product is mostly reading its weights.
+/// Rows of logits that exist at a time: enough for the matrix product to be more than a reading of
+/// its weights, and few enough that those of a small vocabulary stay in the caches.
 const TILE_ROWS: usize = 256;
 
 /// What is read of a row: for each completion, for each token, its readout if it has one.
@@ -20,7 +19,6 @@ pub(super) type RowReadouts = Vec<Vec<Option<TokenReadout>>>;
 pub(super) struct Models {
     pub policy: Transformer,
     pub reference: Transformer,
-    pub vocab_size: usize,
     /// Alternatives to keep at each token.
     pub candidates: usize,
 }
@@ -148,9 +146,9 @@ impl Models {
             }
         };
         let (policy, reference) = (hidden(&self.policy), hidden(&self.reference));
-        let rows = (TILE / self.vocab_size).max(TILE_ROWS);
-        for (tile, wanted) in laid.wanted.chunks(rows).enumerate() {
-            let part = |hidden: &Tensor<2>| hidden.clone().narrow(0, tile * rows, wanted.len());
+        for (tile, wanted) in laid.wanted.chunks(TILE_ROWS).enumerate() {
+            let part =
+                |hidden: &Tensor<2>| hidden.clone().narrow(0, tile * TILE_ROWS, wanted.len());
             let policy = self.policy.head(part(&policy));
             take(wanted, policy, self.reference.head(part(&reference)))?;
         }

@@ -6,7 +6,7 @@ use dpo_loss::Beta;
 use implicit_reward::{TokenReadout, running_sums};
 use lm::data::DataReport;
 use lm::tokenizer::{Tokenizer, TokenizerError};
-use report::{Card, ScorePage, ScoredCompletion, ScoredRow, ScoredToken, TokenScores};
+use report::{Card, PageRow, ScorePage, ScoredCompletion, ScoredRow, ScoredToken, TokenScores};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -86,8 +86,8 @@ struct Alternatives<'a> {
 pub(super) struct Written {
     /// A line for each completion.
     pub lines: String,
-    /// The row of the page, if it has room.
-    pub row: Option<ScoredRow>,
+    /// The row of the page, if it has room, and as the page holds it.
+    pub row: Option<(ScoredRow, PageRow)>,
     pub figures: Figures,
 }
 
@@ -132,17 +132,21 @@ impl Written {
             lines += &serde_json::to_string(&line).expect("numbers and texts are JSON");
             lines.push('\n');
         }
-        let row = for_page.then(|| ScoredRow {
-            name: item.place.clone(),
-            prompt,
-            completions: item
-                .sides
-                .iter()
-                .zip(readouts)
-                .zip(texts)
-                .zip(&totals)
-                .map(|(((side, tokens), texts), total)| completion(side, tokens, texts, total))
-                .collect(),
+        let row = for_page.then(|| {
+            let row = ScoredRow {
+                name: item.place.clone(),
+                prompt,
+                completions: item
+                    .sides
+                    .iter()
+                    .zip(readouts)
+                    .zip(texts)
+                    .zip(&totals)
+                    .map(|(((side, tokens), texts), total)| completion(side, tokens, texts, total))
+                    .collect(),
+            };
+            let encoded = PageRow::new(&row, beta.get());
+            (row, encoded)
         });
         Ok(Self {
             lines,
