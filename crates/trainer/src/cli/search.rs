@@ -245,6 +245,7 @@ impl SearchArgs {
             }
         })
         .context("Ctrl-C")?;
+        eprintln!("searching: {} prompts", prompts.texts.len());
         let (mut rows, mut pages) = (Vec::new(), Vec::new());
         let (mut seconds, mut states) = (0.0, 0);
         for (number, (text, ids)) in prompts.texts.iter().zip(&prompts.ids).enumerate() {
