@@ -116,12 +116,13 @@ struct TrainArgs {
 
 #[derive(Debug, Args)]
 struct ScoreArgs {
-    /// The policy: a Hugging Face folder.
+    /// The policy: a Hugging Face folder, or a PEFT folder whose base is here.
     #[arg(long, value_name = "DIR")]
     policy: PathBuf,
-    /// Its reference: a Hugging Face folder with the same tokens.
+    /// Its reference: a Hugging Face folder with the same tokens [default: the base of a PEFT
+    /// folder].
     #[arg(long, value_name = "DIR")]
-    reference: PathBuf,
+    reference: Option<PathBuf>,
     /// Preference pairs or single completions: JSON lines, a JSON array, or Parquet.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
@@ -327,9 +328,15 @@ fn run_score(args: &ScoreArgs) -> anyhow::Result<()> {
         anyhow::ensure!(value > 0, "{name}: expected a number above 0, got 0");
         Ok(value)
     };
+    let reference = match &args.reference {
+        Some(reference) => reference.clone(),
+        None => trainer::base_of_adapter(&args.policy)?.context(
+            "--reference: expected a folder, since --policy is no PEFT folder with a base",
+        )?,
+    };
     let options = ScoreOptions {
         policy: args.policy.clone(),
-        reference: args.reference.clone(),
+        reference,
         data: args.data.clone(),
         out: args.out.clone(),
         beta: args

@@ -33,20 +33,9 @@ impl Policy {
     ///
     /// What is wrong with either.
     pub fn read(folder: &Path, device: &Device) -> Result<Self, TrainError> {
-        let model = if AdapterFolder::is_one(folder) {
-            let adapter = AdapterFolder::read(folder)?;
-            let base = adapter.base_model.map(PathBuf::from);
-            let base = base.filter(|base| base.is_dir()).ok_or_else(|| {
-                let reason =
-                    "`base_model_name_or_path` of its adapter_config.json names no folder here";
-                TrainError::Policy {
-                    path: folder.to_path_buf(),
-                    reason: reason.into(),
-                }
-            })?;
-            Transformer::read(&base, device)?.read_adapter(folder)?
-        } else {
-            Transformer::read(folder, device)?
+        let model = match base_of_adapter(folder)? {
+            Some(base) => Transformer::read(&base, device)?.read_adapter(folder)?,
+            None => Transformer::read(folder, device)?,
         };
         Ok(Self {
             model,
@@ -54,6 +43,23 @@ impl Policy {
             folder: folder.to_path_buf(),
         })
     }
+}
+
+/// The folder of the model that a PEFT folder adapts; none for a model's own folder.
+///
+/// # Errors
+///
+/// Settings that cannot be read, or that name no folder here.
+pub fn base_of_adapter(folder: &Path) -> Result<Option<PathBuf>, TrainError> {
+    if !AdapterFolder::is_one(folder) {
+        return Ok(None);
+    }
+    let base = AdapterFolder::read(folder)?.base_model.map(PathBuf::from);
+    let base = base.filter(|base| base.is_dir());
+    base.map(Some).ok_or_else(|| TrainError::Policy {
+        path: folder.to_path_buf(),
+        reason: "`base_model_name_or_path` of its adapter_config.json names no folder here".into(),
+    })
 }
 
 /// Prompts with their texts and tokens.

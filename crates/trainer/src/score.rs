@@ -23,6 +23,7 @@ use serde_json::{Map, Value};
 use crate::error::TrainError;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
+use crate::sampling::{Policy, base_of_adapter};
 use crate::workers::Workers;
 
 use read::Models;
@@ -41,7 +42,7 @@ const DEFAULT_BETA: f64 = 0.1;
 /// What to score, and how.
 #[derive(Clone, Debug)]
 pub struct ScoreOptions {
-    /// Hugging Face folder of the policy.
+    /// Hugging Face folder of the policy, or a PEFT folder whose base is here.
     pub policy: PathBuf,
     /// Hugging Face folder of its reference: of the same tokens.
     pub reference: PathBuf,
@@ -204,7 +205,8 @@ pub fn score(options: &ScoreOptions) -> Result<ScoreOutcome, TrainError> {
 
 /// The cheap things first: a wrong path should not cost the reading of a model.
 fn prepare(options: &ScoreOptions) -> Result<(Encoder, Beta, ModelConfig), TrainError> {
-    let config = ModelConfig::read(&options.policy)?;
+    let base = base_of_adapter(&options.policy)?;
+    let config = ModelConfig::read(base.as_ref().unwrap_or(&options.policy))?;
     let reference = ModelConfig::read(&options.reference)?;
     let differ = |reason: String| TrainError::Score {
         place: options.reference.display().to_string(),
@@ -268,7 +270,8 @@ fn beta_of_run(policy: &Path) -> Result<Beta, TrainError> {
 
 fn read_models(options: &ScoreOptions, device: &Device) -> Result<Models, TrainError> {
     Ok(Models {
-        policy: Transformer::read(&options.policy, device)?,
+        // A merged adapter costs no more than the model does.
+        policy: Policy::read(&options.policy, device)?.model.merge(),
         reference: Transformer::read(&options.reference, device)?,
         candidates: options.candidates,
     })

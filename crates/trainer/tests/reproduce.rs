@@ -89,6 +89,6 @@ fn credit_refuses_a_recipe_without_fine_tuning_and_odd_rollouts() {
     let mut command = r2q();
     command.args(["reproduce", "credit", "--rollouts", "3", "--out"]);
     command.arg(folder.path().join("out"));
-    assert!(fail(&mut command).contains("expected an even number of rollouts"));
+    assert!(fail(&mut command).contains("expected a multiple of 4 rollouts"));
     assert!(!folder.path().join("out").exists());
 }

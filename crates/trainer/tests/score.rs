@@ -445,3 +445,59 @@ fn beta_is_that_of_the_run_which_made_the_policy() {
     options.beta = None;
     assert!((score(&options).unwrap().beta.get() - 0.1).abs() < 1e-12);
 }
+
+#[test]
+fn a_peft_folder_is_scored_as_its_merged_model_against_its_base() {
+    let place = Place::new();
+    let base = place.reference.clone();
+    let adapter = place.folder.path().join("adapter");
+    std::fs::create_dir(&adapter).unwrap();
+    let fixture = testdata("lora/llama");
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(fixture.join(file), adapter.join(file)).unwrap();
+    }
+    let path = adapter.join("adapter_config.json");
+    let settings = std::fs::read_to_string(&path).unwrap();
+    let mut settings: Value = serde_json::from_str(&settings).unwrap();
+    settings["base_model_name_or_path"] = base.to_str().unwrap().into();
+    std::fs::write(&path, settings.to_string()).unwrap();
+
+    let merged = place.folder.path().join("merged");
+    let model = Transformer::read(&base, &Device::default()).unwrap();
+    let model = model.read_adapter(&adapter).unwrap().merge();
+    std::fs::create_dir(&merged).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        for folder in [&adapter, &merged] {
+            std::fs::copy(base.join(file), folder.join(file)).unwrap();
+        }
+    }
+    model.write(&merged).unwrap();
+
+    let of = |policy: &Path, name: &str| {
+        place.lines(&pairs(), name, |options| {
+            options.policy = policy.to_path_buf();
+            options.reference.clone_from(&base);
+        })
+    };
+    let lines = of(&adapter, "by_adapter");
+    assert_lines_same(&lines, &of(&merged, "by_merged"));
+    assert!(lines.iter().any(|line| number(line, "reward").abs() > 1e-3));
+
+    // The program takes the base for the reference where none is named.
+    let mut command = r2q();
+    command
+        .args(["score", "--beta", "0.1", "--policy"])
+        .arg(&adapter);
+    command.arg("--data").arg(pairs());
+    command
+        .arg("--out")
+        .arg(place.folder.path().join("by_program"));
+    succeed(&mut command);
+    let mut command = r2q();
+    command.args(["score", "--policy"]).arg(&merged);
+    command.arg("--data").arg(pairs());
+    command
+        .arg("--out")
+        .arg(place.folder.path().join("refused"));
+    assert!(fail(&mut command).contains("--reference: expected a folder"));
+}

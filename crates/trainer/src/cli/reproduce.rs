@@ -36,7 +36,7 @@ struct CreditArgs {
     /// Copies whose tokens are compared with the oracle.
     #[arg(long, value_name = "N")]
     oracle_copies: Option<usize>,
-    /// Rollouts at each token for the oracle, an even number.
+    /// Rollouts at each token for the oracle, a multiple of 4.
     #[arg(long, value_name = "N")]
     rollouts: Option<usize>,
     /// Where to compute: cpu, wgpu, cuda or cuda:N.

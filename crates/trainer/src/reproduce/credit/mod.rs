@@ -36,12 +36,15 @@ const RECIPE: &str = include_str!("credit.toml");
 /// others are baselines.
 pub const METHODS: [&str; 6] = [
     "implicit reward",
-    "reference surprise",
+    SURPRISE,
     "policy logp",
     "SFT on chosen over base",
     "random reference",
     "sequence reward model",
 ];
+
+/// How unlikely the reference finds a token.
+const SURPRISE: &str = "reference surprise";
 
 /// What the experiment takes.
 #[derive(Clone, Debug)]
@@ -77,7 +80,7 @@ impl CreditOptions {
             out,
             copies: 256,
             oracle_copies: 16,
-            rollouts: 64,
+            rollouts: 128,
             device: "cpu".into(),
             command: "cargo xtask reproduce credit".into(),
         })
@@ -97,8 +100,8 @@ impl CreditOptions {
         if self.seeds.is_empty() || self.copies == 0 || self.oracle_copies == 0 {
             return refuse("expected at least one seed, one copy and one copy for the oracle");
         }
-        if self.rollouts == 0 || !self.rollouts.is_multiple_of(2) {
-            return refuse("expected an even number of rollouts above 0");
+        if self.rollouts == 0 || !self.rollouts.is_multiple_of(4) {
+            return refuse("expected a multiple of 4 rollouts above 0");
         }
         Ok(())
     }
@@ -131,6 +134,10 @@ pub struct MethodFigures {
     pub auroc_second: f64,
     /// The second, where it is the only error.
     pub auroc_second_alone: f64,
+    /// The third of the wrong tokens that the reference finds likeliest: plausible errors.
+    pub auroc_likely: f64,
+    /// The third that it finds least likely: errors that training hardly showed.
+    pub auroc_unlikely: f64,
     /// Points of the ROC curve behind `auroc`.
     pub roc: Vec<(f64, f64)>,
 }
@@ -260,6 +267,21 @@ fn one_seed(
     let alone_scores = models.scores(&alone, &workers);
     let good_scores = models.scores(&good, &workers);
 
+    let surprise = METHODS
+        .iter()
+        .position(|&name| name == SURPRISE)
+        .expect("surprise is a baseline");
+    let mut likelihood: Vec<f64> = copies
+        .single
+        .iter()
+        .zip(&single_scores[surprise])
+        .map(|(copy, scores)| scores[copy.site])
+        .collect();
+    let at_sites = likelihood.clone();
+    likelihood.sort_by(f64::total_cmp);
+    let n = likelihood.len();
+    let (rare, common) = (likelihood[(n - 1) / 3], likelihood[(n - 1) - (n - 1) / 3]);
+
     let mut methods = BTreeMap::new();
     let rates: Vec<f64> = (0..=50).map(|i| f64::from(i) / 50.0).collect();
     for (index, name) in METHODS.iter().enumerate() {
@@ -305,12 +327,20 @@ fn one_seed(
                 rows: Vec::new(),
             })
         };
+        let among = |keep: &dyn Fn(f64) -> bool| -> Vec<f64> {
+            let both = wrong.iter().zip(&at_sites);
+            both.filter(|&(_, &likelihood)| keep(likelihood))
+                .map(|(&score, _)| score)
+                .collect()
+        };
         let figures = MethodFigures {
             auroc: area(&wrong, &others)?,
             auroc_values: area(&wrong, &values)?,
             auroc_first: area(&first, &rest)?,
             auroc_second: area(&second, &rest)?,
             auroc_second_alone: area(&lone, &lone_rest)?,
+            auroc_likely: area(&among(&|likelihood| likelihood >= common), &others)?,
+            auroc_unlikely: area(&among(&|likelihood| likelihood <= rare), &others)?,
             roc: roc_of_low(&wrong, &others, &rates),
         };
         methods.insert((*name).to_string(), figures);
@@ -378,6 +408,10 @@ fn compare(
     workers: &Workers,
 ) -> Result<Compared, TrainError> {
     let n = options.oracle_copies.min(copies.single.len());
+    let proposals = oracle::Proposals {
+        reference: &models.reference,
+        policy: &models.policy,
+    };
     let found = workers.map(n, |index| {
         let copy = &copies.single[index];
         let text = oracle::Text {
@@ -386,7 +420,7 @@ fn compare(
             ids: &copy.bad.ids,
         };
         // A stream of its own for each copy.
-        oracle::advantages(&models.reference, task, &text, options, index as u64)
+        oracle::advantages(proposals, task, &text, options, index as u64)
     });
     let (mut points, mut unchanged) = (Vec::new(), Vec::new());
     let mut halves = [Vec::new(), Vec::new()];
@@ -433,6 +467,8 @@ fn summarise(options: &CreditOptions, seeds: Vec<SeedResult>) -> CreditResults {
                 "auroc_second_alone".to_string(),
                 of(|f| f.auroc_second_alone),
             ),
+            ("auroc_likely".to_string(), of(|f| f.auroc_likely)),
+            ("auroc_unlikely".to_string(), of(|f| f.auroc_unlikely)),
         ]
         .into();
         methods.insert(name.to_string(), figures);

@@ -27,7 +27,7 @@ const ROWS: usize = 64;
 /// All models of a seed.
 #[derive(Debug)]
 pub(super) struct Models {
-    policy: Transformer,
+    pub policy: Transformer,
     pub reference: Transformer,
     /// The reference, trained further on the chosen completions alone.
     sft_on_chosen: Transformer,

@@ -72,7 +72,7 @@ pub(super) fn page(results: &CreditResults) -> String {
     body += &figure(&against_oracle(results));
     body += "</div><h2>All figures</h2><div class=\"scroll\"><table><thead><tr><th>Score</th>\
              <th>AUROC</th><th>Against right values</th><th>First of two</th><th>Second of two</th>\
-             <th>Second alone</th></tr></thead><tbody>";
+             <th>Second alone</th><th>Likely errors</th><th>Unlikely errors</th></tr></thead><tbody>";
     for name in METHODS {
         body += &format!("<tr><td>{}</td>", escape(name));
         for key in [
@@ -81,12 +81,16 @@ pub(super) fn page(results: &CreditResults) -> String {
             "auroc_first",
             "auroc_second",
             "auroc_second_alone",
+            "auroc_likely",
+            "auroc_unlikely",
         ] {
             body += &format!("<td>{}</td>", with_interval(&results.methods[name][key]));
         }
         body += "</tr>";
     }
-    body += "</tbody></table></div><div class=\"scroll\"><table><tbody>";
+    body += "</tbody></table></div><p>Likely errors are the third of the wrong tokens to which the \
+             reference gives the most probability, unlikely ones the third to which it gives the \
+             least.</p><div class=\"scroll\"><table><tbody>";
     for (key, label) in [
         (
             "correlation",
