@@ -9,6 +9,8 @@ const CSS: &str = include_str!("search_tree.css");
 const MOST_TOKENS: usize = 12;
 /// Prefixes shown of one tree besides the path.
 const MOST_NODES: usize = 3000;
+/// Every whole number below this is an `f64`.
+const WHOLE: f64 = 9e15;
 
 /// A prompt, what was found for it, and the tree.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -111,9 +113,18 @@ pub fn search_page(
 
 fn numbers<'a>(values: impl Iterator<Item = (&'a str, f64)>) -> String {
     let values: Vec<String> = values
-        .map(|(name, value)| format!("{} <b>{}</b>", escape(name), plain(value)))
+        .map(|(name, value)| format!("{} <b>{}</b>", escape(name), written(value)))
         .collect();
     values.join(" \u{b7} ")
+}
+
+/// A number as a page writes it; one that is whole, such as a count, without decimals.
+fn written(value: f64) -> String {
+    if value.fract() == 0.0 && (0.0..WHOLE).contains(&value) {
+        format!("{value:.0}")
+    } else {
+        plain(value)
+    }
 }
 
 /// The path, each token with what else was searched at its state.
@@ -310,6 +321,12 @@ mod tests {
         let at = |text: &str| html.find(text);
         assert!(at("t29.") < at("t28.") && at("t18.").is_some());
         assert!(at("t17.").is_none() && html.contains("and 18 more"));
+    }
+
+    #[test]
+    fn counts_have_no_decimals() {
+        let html = html(vec![node(None, "", 43, true), node(Some(0), "x", 2, true)]);
+        assert!(html.contains("visits <b>43</b>") && html.contains("p <b>0.500</b>"));
     }
 
     #[test]

@@ -245,7 +245,7 @@ impl SearchArgs {
             }
         })
         .context("Ctrl-C")?;
-        eprintln!("searching: {} prompts", prompts.texts.len());
+        eprintln!("searching, prompts: {}", prompts.texts.len());
         let (mut rows, mut pages) = (Vec::new(), Vec::new());
         let (mut seconds, mut states) = (0.0, 0);
         for (number, (text, ids)) in prompts.texts.iter().zip(&prompts.ids).enumerate() {
@@ -314,7 +314,10 @@ impl SearchArgs {
         if CANCELLED.load(Ordering::Relaxed) {
             eprintln!("stopped: the best found so far is written");
         }
-        eprintln!("{} prompts, {states} states, {speed} a second", rows.len());
+        eprintln!(
+            "prompts: {}, states: {states}, {speed} a second",
+            rows.len()
+        );
         eprintln!("completions: {}", lines.display());
         eprintln!("page:        {}", page.display());
         Ok(())
@@ -539,6 +542,10 @@ fn searched(
     } else {
         ""
     };
+    let covered = match stats.covered_mass {
+        mass if mass < 1e-3 => format!("{mass:.1e}"),
+        mass => format!("{mass:.3}"),
+    };
     let stopped = match stats.stopped {
         Stopped::Done => "",
         Stopped::Budget => "; stopped by the budget",
@@ -548,8 +555,8 @@ fn searched(
         name: format!("Prompt {number}"),
         prompt: prompt.into(),
         summary: format!(
-            "{proof}{} states in {} calls, {:.2} s, covered mass {:.3e}{stopped}",
-            stats.states_expanded, stats.model_calls, stats.seconds, stats.covered_mass
+            "{proof}{} states in {} calls, {:.2} s, covered mass {covered}{stopped}",
+            stats.states_expanded, stats.model_calls, stats.seconds
         ),
         completions,
         nodes,
