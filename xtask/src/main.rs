@@ -18,7 +18,7 @@ use anyhow::{Context, bail};
 type Described = (&'static str, &'static str);
 
 /// Commands of the `r2q` program.
-const PROGRAM: [Described; 6] = [
+const PROGRAM: [Described; 7] = [
     (
         "train",
         "train a policy from preferences; with no arguments, on the embedded memo task",
@@ -26,6 +26,10 @@ const PROGRAM: [Described; 6] = [
     (
         "score",
         "read the rewards of every token of a file off a policy and its reference",
+    ),
+    (
+        "search",
+        "search for completions with a policy: beam, best-first, tree search",
     ),
     ("sample", "sample completions of prompts from a policy"),
     (

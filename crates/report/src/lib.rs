@@ -41,6 +41,7 @@
 //! | a line plot as SVG, inside a page or as a file | [`Plot`], [`Series`], [`Band`], [`ReferenceLine`] |
 //! | means with their intervals as SVG | [`whisker_svg`] |
 //! | completions scored token by token, side by side | [`ScorePage`], with [`ScoredRow`] and [`PageRow`]; [`terminal_tokens`] |
+//! | completions that a search found, and its tree | [`search_page`], with [`SearchedPrompt`], [`SearchNode`] |
 //! | tokens coloured by a reward | [`Token`], [`token_spans`], [`DivergingScale`], [`scale_legend`] |
 //! | another page with the same look | [`page`], with [`escape`] for its text |
 //! | a file that is whole or not there | [`write_atomically`] |
@@ -55,6 +56,7 @@ mod outcomes;
 mod page;
 mod plot;
 mod scores;
+mod search_tree;
 mod svg;
 mod thin;
 mod tokens;
@@ -67,5 +69,6 @@ pub use plot::{Band, Plot, ReferenceLine, Series};
 pub use scores::{
     PageRow, ScorePage, ScoredCompletion, ScoredRow, ScoredToken, TokenScores, terminal_tokens,
 };
+pub use search_tree::{FoundCompletion, SearchNode, SearchedPrompt, search_page};
 pub use tokens::{DivergingScale, Readout, Token, scale_legend, token_css, token_spans};
 pub use training::{Card, Sample, SampleCompletion, TrainingReport};

@@ -42,6 +42,10 @@ enum Command {
     ///
     /// Writes a line of JSON for each completion, a page to look at, and a summary.
     Score(ScoreArgs),
+    /// Search for completions with a policy and its reference: beam, best-first, tree search.
+    ///
+    /// Writes a line of JSON for each prompt, and a page with the tree.
+    Search(cli::SearchArgs),
     /// Run an experiment on a claim of the paper.
     Reproduce(cli::ReproduceArgs),
 }
@@ -185,6 +189,7 @@ fn main() -> ExitCode {
         Command::Prefer(args) => args.run(),
         Command::Eval(args) => args.run(),
         Command::Score(args) => run_score(&args),
+        Command::Search(args) => args.run(),
         Command::Reproduce(args) => {
             let command: Vec<String> = std::env::args().skip(1).collect();
             args.run(format!("cargo xtask {}", command.join(" ")))

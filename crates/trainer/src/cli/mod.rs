@@ -4,6 +4,7 @@ mod eval;
 mod prefer;
 mod reproduce;
 mod sample;
+mod search;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,6 +22,7 @@ pub(crate) use eval::EvalArgs;
 pub(crate) use prefer::PreferArgs;
 pub(crate) use reproduce::ReproduceArgs;
 pub(crate) use sample::SampleArgs;
+pub(crate) use search::SearchArgs;
 
 /// Which prompts.
 #[derive(Debug, Args)]
