@@ -92,3 +92,56 @@ fn credit_refuses_a_recipe_without_fine_tuning_and_odd_rollouts() {
     assert!(fail(&mut command).contains("expected a multiple of 4 rollouts"));
     assert!(!folder.path().join("out").exists());
 }
+
+#[test]
+fn curves_look_at_every_cell_from_no_step_to_the_last() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = write(folder.path(), "tiny.toml", RECIPE);
+    let out = folder.path().join("out");
+    let run = || {
+        let mut command = r2q();
+        command.args(["reproduce", "curves", "--seeds", "1,2", "--betas", "0.5,2"]);
+        command.args(["--fit-examples", "16", "--evaluations", "2"]);
+        command.arg("--recipe").arg(&recipe).arg("--out").arg(&out);
+        succeed(&mut command)
+    };
+    let read = || std::fs::read_to_string(out.join("results.json")).unwrap();
+    run();
+    let first = read();
+    let results: Value = serde_json::from_str(&first).unwrap();
+    for seed in results["seeds"].as_array().unwrap() {
+        let cross_entropy = |name: &str| seed["cross_entropies"][name].as_f64().unwrap();
+        let cells = seed["cells"].as_array().unwrap();
+        assert_eq!(cells.len(), 3 * 2);
+        for cell in cells {
+            let beta = cell["beta"].as_f64().unwrap();
+            let reference = cell["reference"].as_str().unwrap();
+            // The bound by its two cross-entropies.
+            let bound = beta * (cross_entropy(reference) - cross_entropy("best fit"));
+            assert!((cell["bound"].as_f64().unwrap() - bound).abs() < 1e-6);
+            let points = cell["points"].as_array().unwrap();
+            assert_eq!(points.len(), 3);
+            let number = |at: usize, key: &str| points[at][key].as_f64().unwrap();
+            // A policy that is the reference has earned nothing, by any path.
+            for key in ["chosen", "rejected", "kl"] {
+                assert_eq!(number(0, key), 0.0, "{key}");
+            }
+            assert_ne!(number(2, "chosen"), 0.0);
+            for at in 0..3 {
+                let excess = number(at, "chosen") - bound;
+                assert!((number(at, "excess") - excess).abs() < 1e-6);
+            }
+        }
+    }
+    // The bound, and two claims of each cell.
+    assert_eq!(results["targets"].as_array().unwrap().len(), 1 + 2 * 6);
+    let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(page.contains("SFT on both") && page.contains("Stated beforehand"));
+    assert!(run().contains("seed 1: taken from"));
+    assert_eq!(read(), first);
+
+    let mut command = r2q();
+    command.args(["reproduce", "curves", "--betas", "1,0", "--out"]);
+    command.arg(folder.path().join("refused"));
+    assert!(fail(&mut command).contains("beta 0"));
+}

@@ -6,6 +6,7 @@ use clap::{Args, Subcommand};
 use trainer::Recipe;
 use trainer::reproduce::Target;
 use trainer::reproduce::credit::{self, CreditOptions};
+use trainer::reproduce::curves::{self, CurvesOptions};
 use trainer::reproduce::identification::{self, IdentificationOptions};
 
 /// What `reproduce` takes.
@@ -19,6 +20,8 @@ pub(crate) struct ReproduceArgs {
 enum Experiment {
     /// Does a policy trained on labels of whole completions know which token was wrong?
     Credit(CreditArgs),
+    /// Where do the rewards of chosen and rejected completions go, from which reference?
+    Curves(CurvesArgs),
     /// How close does the learned advantage come to the exact one as labels grow in number?
     Identification(IdentificationArgs),
 }
@@ -43,6 +46,31 @@ struct CreditArgs {
     /// Rollouts at each token for the oracle, a multiple of 4.
     #[arg(long, value_name = "N")]
     rollouts: Option<usize>,
+    /// Where to compute: cpu, wgpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+#[derive(Debug, Args)]
+struct CurvesArgs {
+    /// Folder to write into; seeds that are done there are not repeated.
+    #[arg(long, value_name = "DIR", default_value = "runs/reproduce-curves")]
+    out: PathBuf,
+    /// Seeds, with commas [default: 1,2,3].
+    #[arg(long, value_delimiter = ',', value_name = "N,N,...")]
+    seeds: Vec<u64>,
+    /// Strengths of the divergence, in reward units a nat, with commas [default: 0.3,1,3].
+    #[arg(long, value_delimiter = ',', value_name = "X,X,...")]
+    betas: Vec<f64>,
+    /// Another recipe: the embedded task with both stages.
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+    /// Chosen completions, beside the pairs' own, for the fit that the bound is drawn by.
+    #[arg(long, value_name = "N")]
+    fit_examples: Option<usize>,
+    /// How often a policy is looked at while it trains [default: 6].
+    #[arg(long, value_name = "N")]
+    evaluations: Option<usize>,
     /// Where to compute: cpu, wgpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -78,6 +106,7 @@ impl ReproduceArgs {
     pub(crate) fn run(&self, command: String) -> anyhow::Result<()> {
         match &self.experiment {
             Experiment::Credit(args) => args.run(command),
+            Experiment::Curves(args) => args.run(command),
             Experiment::Identification(args) => args.run(command),
         }
     }
@@ -98,6 +127,27 @@ impl CreditArgs {
         options.oracle_copies = self.oracle_copies.unwrap_or(options.oracle_copies);
         options.rollouts = self.rollouts.unwrap_or(options.rollouts);
         say(&credit::run(&options)?.targets, &options.out);
+        Ok(())
+    }
+}
+
+impl CurvesArgs {
+    fn run(&self, command: String) -> anyhow::Result<()> {
+        let mut options = CurvesOptions::standard(self.out.clone())?;
+        options.command = command;
+        options.device.clone_from(&self.device);
+        if let Some(path) = &self.recipe {
+            options.recipe = Recipe::read(path)?;
+        }
+        if !self.seeds.is_empty() {
+            options.seeds.clone_from(&self.seeds);
+        }
+        if !self.betas.is_empty() {
+            options.betas.clone_from(&self.betas);
+        }
+        options.fit_examples = self.fit_examples.unwrap_or(options.fit_examples);
+        options.evaluations = self.evaluations.unwrap_or(options.evaluations);
+        say(&curves::run(&options)?.targets, &options.out);
         Ok(())
     }
 }

@@ -15,7 +15,6 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use lm::Transformer;
-use lm::files::write_atomically;
 use memo_task::{MemoTask, RewardKind};
 use report::Token;
 use serde::{Deserialize, Serialize};
@@ -214,7 +213,7 @@ pub fn run(options: &CreditOptions) -> Result<CreditResults, TrainError> {
             }
             _ => {
                 let result = one_seed(options, seed, settings, &folder)?;
-                write_json(&path, &result)?;
+                super::write_json(&path, &result)?;
                 result
             }
         };
@@ -228,16 +227,9 @@ pub fn run(options: &CreditOptions) -> Result<CreditResults, TrainError> {
         seeds.push(result);
     }
     let results = summarise(options, seeds);
-    write_json(&options.out.join("results.json"), &results)?;
+    super::write_json(&options.out.join("results.json"), &results)?;
     report::write_atomically(&options.out.join("report.html"), &page::page(&results))?;
     Ok(results)
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
-    write_atomically(path, |file| {
-        serde_json::to_writer_pretty(file, value).map_err(std::io::Error::from)
-    })
-    .map_err(TrainError::io(path))
 }
 
 fn one_seed(

@@ -11,13 +11,11 @@ use memo_task::Completion;
 
 use super::{CreditOptions, split, token_logps};
 use crate::error::TrainError;
-use crate::learner::{Activations, Learner, MicroBatch, sft_micro_batch};
-use crate::optimizer::AdamW;
-use crate::order::Order;
+use crate::learner::{Activations, MicroBatch, sft_micro_batch};
 use crate::prepare::prepare;
-use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::reference::pair_batch;
+use crate::reproduce::fit::Descent;
 use crate::run::{RunOptions, train};
 use crate::workers::Workers;
 
@@ -161,33 +159,8 @@ fn fit(
     name: &str,
     micro: impl Fn(&Transformer, &[usize]) -> MicroBatch + Sync,
 ) -> Result<Transformer, TrainError> {
-    let stage = &recipe.preference;
-    let mut order = Order::new(n, stage.batch_size, stage.accumulation, recipe.seed);
-    let mut n_steps = (stage.epochs * order.steps_per_epoch() as f64).ceil() as usize;
-    if stage.max_steps > 0 {
-        n_steps = n_steps.min(stage.max_steps);
-    }
-    let mut learner =
-        Learner::new(model.clone(), AdamW::new(&stage.optimizer)).with_workers(workers.clone());
-    let mut progress = Progress::new(name, "steps", n_steps, 0);
-    for step in 0..n_steps {
-        let batches = order.step(step);
-        let rate = stage.optimizer.learning_rate_at(step, n_steps);
-        let outcome = learner.step(batches.len(), rate, |model, index| {
-            micro(model, &batches[index])
-        });
-        if !outcome.updated {
-            return Err(TrainError::NotFinite {
-                place: format!("{name} step {}", step + 1),
-                what: "loss",
-                value: outcome.loss,
-                rows: batches.concat().iter().map(usize::to_string).collect(),
-            });
-        }
-        progress.advance(1, &format!("loss {:.4}", outcome.loss));
-    }
-    progress.finish();
-    Ok(learner.snapshot())
+    let descent = Descent::preference(name, n, &recipe.preference, recipe.seed);
+    descent.run(model, workers, micro, |_, _| Ok(()))
 }
 
 impl Models {

@@ -9,11 +9,10 @@ mod fit;
 mod page;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use lm::Transformer;
-use lm::files::write_atomically;
 use mdp_core::{
     Beta, MdpError, PairTable, SoftSolution, TabularMdp, TabularPolicy, Tree, WeightedPair,
     bellman_residuals, bradley_terry, occupancies, sample_completion, solve,
@@ -203,7 +202,7 @@ pub fn run(options: &IdentificationOptions) -> Result<IdentificationResults, Tra
             }
             _ => {
                 let result = one_seed(options, seed)?;
-                write_json(&path, &result)?;
+                super::write_json(&path, &result)?;
                 result
             }
         };
@@ -211,16 +210,9 @@ pub fn run(options: &IdentificationOptions) -> Result<IdentificationResults, Tra
         seeds.push(result);
     }
     let results = summarise(options, seeds);
-    write_json(&options.out.join("results.json"), &results)?;
+    super::write_json(&options.out.join("results.json"), &results)?;
     report::write_atomically(&options.out.join("report.html"), &page::page(&results)?)?;
     Ok(results)
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
-    write_atomically(path, |file| {
-        serde_json::to_writer_pretty(file, value).map_err(std::io::Error::from)
-    })
-    .map_err(TrainError::io(path))
 }
 
 /// The tree; its prompt gives the model a token before the first.
