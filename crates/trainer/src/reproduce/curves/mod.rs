@@ -496,7 +496,7 @@ fn over(
 ) -> Option<OverSeeds> {
     let cells = seeds.iter().filter_map(|seed| {
         let mut cells = seed.cells.iter();
-        cells.find(|cell| cell.reference == reference && cell.beta == beta)
+        cells.find(|cell| cell.reference == reference && cell.beta.total_cmp(&beta).is_eq())
     });
     OverSeeds::of(cells.map(figure).collect())
 }

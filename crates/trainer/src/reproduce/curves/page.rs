@@ -100,7 +100,7 @@ fn figure(plot: &Plot) -> String {
 /// A cell of every seed.
 fn cells<'a>(results: &'a CurvesResults, reference: &str, beta: f64) -> Vec<&'a Cell> {
     let all = results.seeds.iter().flat_map(|seed| &seed.cells);
-    all.filter(|cell| cell.reference == reference && cell.beta == beta)
+    all.filter(|cell| cell.reference == reference && cell.beta.total_cmp(&beta).is_eq())
         .collect()
 }
 
