@@ -29,6 +29,9 @@ beta = 1.0
 learning_rate = 1e-3
 "#;
 
+/// Means of the same tens of nats, in another order.
+const SAME_SUM: f64 = 1e-6;
+
 #[test]
 fn credit_writes_results_and_a_page_and_takes_finished_seeds_as_they_are() {
     let folder = tempfile::tempdir().unwrap();
@@ -118,18 +121,18 @@ fn curves_look_at_every_cell_from_no_step_to_the_last() {
             let reference = cell["reference"].as_str().unwrap();
             // The bound by its two cross-entropies.
             let bound = beta * (cross_entropy(reference) - cross_entropy("best fit"));
-            assert!((cell["bound"].as_f64().unwrap() - bound).abs() < 1e-6);
+            assert!((cell["bound"].as_f64().unwrap() - bound).abs() < SAME_SUM);
             let points = cell["points"].as_array().unwrap();
             assert_eq!(points.len(), 3);
             let number = |at: usize, key: &str| points[at][key].as_f64().unwrap();
             // A policy that is the reference has earned nothing, by any path.
             for key in ["chosen", "rejected", "kl"] {
-                assert_eq!(number(0, key), 0.0, "{key}");
+                assert!(number(0, key).abs() < SAME_SUM, "{key}");
             }
-            assert_ne!(number(2, "chosen"), 0.0);
+            assert!(number(2, "chosen").abs() > SAME_SUM);
             for at in 0..3 {
                 let excess = number(at, "chosen") - bound;
-                assert!((number(at, "excess") - excess).abs() < 1e-6);
+                assert!((number(at, "excess") - excess).abs() < SAME_SUM);
             }
         }
     }
