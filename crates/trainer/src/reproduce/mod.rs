@@ -7,6 +7,7 @@ pub mod credit;
 pub mod curves;
 mod fit;
 pub mod identification;
+mod page;
 pub mod statistics;
 
 use std::path::Path;

@@ -5,6 +5,7 @@ use report::{
     token_spans, whisker_svg,
 };
 
+use super::super::page::{figure, targets_table};
 use super::{CreditResults, METHODS};
 use crate::reproduce::statistics::{OverSeeds, mean};
 
@@ -30,21 +31,8 @@ pub(super) fn page(results: &CreditResults) -> String {
         escape(&results.device),
         results.threads
     );
-    body += "<h2>Targets</h2><div class=\"scroll\"><table><thead><tr><th>Stated beforehand</th>\
-             <th>Measured</th><th>Held</th></tr></thead><tbody>";
-    for target in &results.targets {
-        let held = match target.held {
-            Some(true) => "yes",
-            Some(false) => "no",
-            None => "too few seeds",
-        };
-        body += &format!(
-            "<tr><td class=\"metric\">{}</td><td class=\"metric\">{}</td><td>{held}</td></tr>",
-            escape(&target.claim),
-            escape(&target.measured)
-        );
-    }
-    body += "</tbody></table></div><h2>Which score finds the wrong token</h2><div class=\"plots\">";
+    body += &targets_table(&results.targets);
+    body += "<h2>Which score finds the wrong token</h2><div class=\"plots\">";
     for (key, label) in [
         ("auroc", "AUROC, against all other tokens"),
         ("auroc_values", "AUROC, against right values"),
@@ -150,14 +138,6 @@ pub(super) fn page(results: &CreditResults) -> String {
         );
     }
     report::page("Credit assignment", &body)
-}
-
-fn figure(plot: &Plot) -> String {
-    format!(
-        "<figure>{}<figcaption>{}</figcaption></figure>",
-        plot.to_svg(),
-        escape(&plot.caption())
-    )
 }
 
 /// The ROC curves, in the mean over seeds.

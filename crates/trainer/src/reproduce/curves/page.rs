@@ -2,6 +2,7 @@
 
 use report::{Plot, ReferenceLine, Series, escape};
 
+use super::super::page::{figure, targets_table};
 use super::super::statistics::mean;
 use super::{Cell, CurvesResults, Point, REFERENCES};
 
@@ -21,21 +22,7 @@ pub(super) fn page(results: &CurvesResults) -> String {
         results.threads,
         results.betas.len(),
     );
-    body += "<h2>Stated beforehand</h2><div class=\"scroll\"><table><thead><tr><th>Claim</th>\
-             <th>Measured at the end, reward units</th><th>Held</th></tr></thead><tbody>";
-    for target in &results.targets {
-        let held = match target.held {
-            Some(true) => "yes",
-            Some(false) => "no",
-            None => "too few seeds",
-        };
-        body += &format!(
-            "<tr><td class=\"metric\">{}</td><td class=\"metric\">{}</td><td>{held}</td></tr>",
-            escape(&target.claim),
-            escape(&target.measured)
-        );
-    }
-    body += "</tbody></table></div>";
+    body += &targets_table(&results.targets);
     for reference in REFERENCES {
         body += &format!("<h2>Reference: {reference}</h2><div class=\"plots\">");
         for &beta in &results.betas {
@@ -87,14 +74,6 @@ pub(super) fn page(results: &CurvesResults) -> String {
     }
     body += "</tbody></table></div>";
     report::page("Reward curves", &body)
-}
-
-fn figure(plot: &Plot) -> String {
-    format!(
-        "<figure>{}<figcaption>{}</figcaption></figure>",
-        plot.to_svg(),
-        escape(&plot.caption())
-    )
 }
 
 /// A cell of every seed.

@@ -5,6 +5,7 @@ use report::{
     Band, DivergingScale, Plot, Readout, Series, Token, escape, scale_legend, token_spans,
 };
 
+use super::super::page::{figure, targets_table};
 use super::{BINS, IdentificationResults, LEARNERS, REWARDS, key, tree};
 use crate::reproduce::statistics::OverSeeds;
 
@@ -29,29 +30,12 @@ pub(super) fn page(results: &IdentificationResults) -> Result<String, MdpError> 
         escape(&results.device),
         results.threads
     );
-    body += "<h2>Targets</h2><div class=\"scroll\"><table><thead><tr><th>Stated beforehand</th>\
-             <th>Measured</th><th>Held</th></tr></thead><tbody>";
-    for target in &results.targets {
-        let held = match target.held {
-            Some(true) => "yes",
-            Some(false) => "no",
-            None => "too few seeds",
-        };
-        body += &format!(
-            "<tr><td class=\"metric\">{}</td><td class=\"metric\">{}</td><td>{held}</td></tr>",
-            escape(&target.claim),
-            escape(&target.measured)
-        );
-    }
-    body += "</tbody></table></div><h2>Error by number of pairs</h2><div class=\"plots\">";
+    body += &targets_table(&results.targets);
+    body += "<h2>Error by number of pairs</h2><div class=\"plots\">";
     for reward in REWARDS {
-        for figure in ["error", "unweighted error", "correlation"] {
-            let plot = by_pairs(results, reward, figure);
-            body += &format!(
-                "<figure>{}<figcaption>{}</figcaption></figure>",
-                plot.to_svg(),
-                escape(&plot.caption())
-            );
+        for name in ["error", "unweighted error", "correlation"] {
+            let plot = by_pairs(results, reward, name);
+            body += &figure(&plot);
         }
     }
     body += "</div><h2>Error by visits of the state</h2>";
