@@ -3,3 +3,5 @@
 //! `cargo bench -p benches` runs all of them, `cargo bench -p benches --bench lm` one file, and a
 //! word behind `--` only the ids that hold it. An id holds the size, and every timing ends after
 //! the device is done.
+//!
+//! `benches/peers` compares with PyTorch, TRL and transformers; its README says how.

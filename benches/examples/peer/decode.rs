@@ -1,0 +1,195 @@
+//! Decoding and tree search on a model from a folder.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use lm::{Decoding, Generate, PrefixCache, Transformer};
+use search::{
+    BeamConfig, Leaf, MctsConfig, NodeId, PrefixModel, PrefixTree, Request, Rows, SearchError,
+    SearchOutput, beam_search, mcts,
+};
+use serde_json::{Value, json};
+
+#[derive(Debug, Args)]
+struct Task {
+    /// Hugging Face folder of the model.
+    #[arg(long)]
+    model: PathBuf,
+    /// JSON file of prompts: an array of token ids for each.
+    #[arg(long)]
+    prompts: PathBuf,
+    /// Tokens that every prompt is continued by; no token ends a text.
+    #[arg(long)]
+    new_tokens: usize,
+    /// Runs before the first that counts.
+    #[arg(long, default_value_t = 1)]
+    warm_up: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Decode {
+    #[command(flatten)]
+    task: Task,
+    /// Beams; 1 is greedy decoding, of all prompts together.
+    #[arg(long, default_value_t = 1)]
+    beams: usize,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TreeSearch {
+    #[command(flatten)]
+    task: Task,
+    /// Simulations for each token.
+    #[arg(long, default_value_t = 64)]
+    simulations: usize,
+    /// Simulations in a call of the model.
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    /// Tokens considered at each state.
+    #[arg(long, default_value_t = 20)]
+    top_k: usize,
+}
+
+pub(crate) fn serve(case: &Decode) -> anyhow::Result<()> {
+    let (model, prompts) = case.task.read()?;
+    crate::serve(&facts(&model), case.task.warm_up, || {
+        let began = Instant::now();
+        let ids = if case.beams == 1 {
+            greedy(&model, &prompts, case.task.new_tokens)?
+        } else {
+            let each = prompts.iter();
+            each.map(|prompt| beams(&model, prompt, case.task.new_tokens, case.beams))
+                .collect::<Result<_, _>>()?
+        };
+        Ok(json!({ "seconds": began.elapsed().as_secs_f64(), "ids": ids }))
+    })
+}
+
+pub(crate) fn serve_tree_search(case: &TreeSearch) -> anyhow::Result<()> {
+    let (model, prompts) = case.task.read()?;
+    let config = MctsConfig {
+        simulations: case.simulations,
+        batch: case.batch,
+        ..MctsConfig::default()
+    };
+    crate::serve(&facts(&model), case.task.warm_up, || {
+        let mut timed = Timed {
+            model: PrefixCache::new(&model),
+            inside: Duration::ZERO,
+        };
+        let began = Instant::now();
+        let mut expanded = 0;
+        let mut ids = Vec::new();
+        for prompt in &prompts {
+            let mut request = Request::new(&prompt[..], [], case.task.new_tokens);
+            request.top_k = Some(case.top_k);
+            let output = mcts(&mut timed, &request, &config, Leaf::Zero)?;
+            expanded += output.stats.states_expanded;
+            ids.push(tokens(&output));
+        }
+        let seconds = began.elapsed().as_secs_f64();
+        Ok(json!({
+            "seconds": seconds,
+            "ids": ids,
+            "states_expanded": expanded,
+            "share_outside": 1.0 - timed.inside.as_secs_f64() / seconds,
+        }))
+    })
+}
+
+impl Task {
+    fn read(&self) -> anyhow::Result<(Transformer, Vec<Vec<u32>>)> {
+        Ok((read_model(&self.model)?, crate::read_json(&self.prompts)?))
+    }
+}
+
+pub(crate) fn read_model(folder: &Path) -> anyhow::Result<Transformer> {
+    Ok(Transformer::read(folder, &trainer::device("cpu")?)?)
+}
+
+/// Size of the model, and bytes that a token cannot be computed without reading: every weight in
+/// f32 but an embedding table that is only looked up.
+fn facts(model: &Transformer) -> Value {
+    let config = model.config();
+    let looked_up = if config.tied {
+        0
+    } else {
+        config.vocab_size * config.hidden_size
+    };
+    json!({
+        "parameters": config.n_parameters(),
+        "bytes_per_token": size_of::<f32>() * (config.n_parameters() - looked_up),
+    })
+}
+
+fn greedy(
+    model: &Transformer,
+    prompts: &[Vec<u32>],
+    new_tokens: usize,
+) -> anyhow::Result<Vec<Vec<u32>>> {
+    let options = Generate {
+        max_new_tokens: new_tokens,
+        eos_ids: vec![],
+        decoding: Decoding::Greedy,
+        seed: 0,
+    };
+    let texts = model.generate(prompts, &options)?;
+    Ok(texts.into_iter().map(|text| text.ids).collect())
+}
+
+fn beams(
+    model: &Transformer,
+    prompt: &[u32],
+    new_tokens: usize,
+    width: usize,
+) -> anyhow::Result<Vec<u32>> {
+    let config = BeamConfig {
+        width,
+        ..BeamConfig::default()
+    };
+    let request = Request::new(prompt, [], new_tokens);
+    let output = beam_search(&mut PrefixCache::new(model), &request, &config)?;
+    Ok(tokens(&output))
+}
+
+fn tokens(output: &SearchOutput) -> Vec<u32> {
+    let best = output.best();
+    best.map(|best| best.tokens.clone()).unwrap_or_default()
+}
+
+/// A model that adds up the time inside its answers.
+struct Timed<M> {
+    model: M,
+    inside: Duration,
+}
+
+impl<M: PrefixModel> PrefixModel for Timed<M> {
+    fn vocab(&self) -> usize {
+        self.model.vocab()
+    }
+
+    fn has_reference(&self) -> bool {
+        self.model.has_reference()
+    }
+
+    fn begin(&mut self, prompt: &[u32], max_new_tokens: usize) -> Result<(), SearchError> {
+        self.model.begin(prompt, max_new_tokens)
+    }
+
+    fn expand(
+        &mut self,
+        prefixes: &PrefixTree,
+        frontier: &[NodeId],
+        top_k: Option<usize>,
+    ) -> Result<Rows, SearchError> {
+        let began = Instant::now();
+        let rows = self.model.expand(prefixes, frontier, top_k);
+        self.inside += began.elapsed();
+        rows
+    }
+
+    fn retain(&mut self, prefixes: &PrefixTree, live: &[NodeId]) {
+        self.model.retain(prefixes, live);
+    }
+}

@@ -1,0 +1,39 @@
+"""transformers' `generate` on prompts of one length, greedily or with beams, no token ending a text."""
+import protocol  # noqa: I001 (first: it takes the standard output)
+
+import argparse
+import json
+import time
+
+import torch
+import transformers
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", required=True)
+parser.add_argument("--prompts", required=True)
+parser.add_argument("--new-tokens", type=int, required=True)
+parser.add_argument("--beams", type=int, default=1)
+parser.add_argument("--warm-up", type=int, default=1)
+parser.add_argument("--threads", type=int, required=True)
+args = parser.parse_args()
+
+torch.set_num_threads(args.threads)
+model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa")
+model.eval()
+model.generation_config = transformers.GenerationConfig(
+    do_sample=False, num_beams=args.beams, max_new_tokens=args.new_tokens, use_cache=True, eos_token_id=None,
+    pad_token_id=0)
+with open(args.prompts) as file:
+    prompts = torch.tensor(json.load(file))
+mask = torch.ones_like(prompts)
+
+
+def run():
+    began = time.perf_counter()
+    with torch.inference_mode():
+        ids = model.generate(prompts, attention_mask=mask)
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "ids": ids[:, prompts.shape[1]:].tolist()}
+
+
+protocol.serve(run, args.warm_up, torch=torch.__version__, transformers=transformers.__version__)
