@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use lm::{Decoding, Generate, ModelConfig, Transformer, weights::WeightFiles};
+use lm::{Decoder, Decoding, Generate, ModelConfig, Transformer, weights::WeightFiles};
 use serde_json::Value;
 
 /// Logits are of order 1 to 10 and both sides compute in f32, whose own spread here is 2e-6.
@@ -167,15 +167,24 @@ fn a_written_folder_reads_back_bit_by_bit() {
 
 #[test]
 fn cached_decoding_equals_reading_the_whole_text_again() {
-    // Logits of one model by two orders of summation.
-    const CACHE_TOLERANCE: f32 = 1e-5;
     let device = Device::default();
     for folder in folders() {
         let model = Transformer::read(&folder, &device).unwrap();
+        for decoder in [Decoder::new(&model), Decoder::of_tensors(&model)] {
+            check_cached(&decoder, &folder);
+        }
+    }
+}
+
+fn check_cached(decoder: &Decoder<'_>, folder: &Path) {
+    // Logits of one model by two orders of summation.
+    const CACHE_TOLERANCE: f32 = 1e-5;
+        let model = decoder.model();
+        let device = model.device();
         let vocab = model.config().vocab_size;
         let mut texts: Vec<Vec<u32>> =
             vec![vec![5, 9, 11, 40], vec![7, 3], vec![60, 61, 62, 63, 64, 65]];
-        let (mut cache, mut logits) = model.prefill(&texts, 4).unwrap();
+        let (mut cache, mut logits) = decoder.prefill(&texts, 4).unwrap();
         for step in 0..4 {
             let got: Vec<f32> = logits.try_into_vec_as().unwrap();
             for (row, text) in texts.iter().enumerate() {
@@ -202,10 +211,9 @@ fn cached_decoding_equals_reading_the_whole_text_again() {
                 text.push(token);
             }
             let mut untouched = cache.clone();
-            logits = model.step(&tokens, &mut cache);
+            logits = decoder.step(&tokens, &mut cache);
             // Writing to one clone is not seen by another.
-            let _ = model.step(&[1, 1, 1], &mut clone);
-            let _ = model.step(&[1, 1, 1], &mut untouched);
+            let _ = decoder.step(&[1, 1, 1], &mut clone);
+            let _ = decoder.step(&[1, 1, 1], &mut untouched);
         }
-    }
 }
