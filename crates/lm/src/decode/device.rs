@@ -19,7 +19,12 @@ pub(crate) struct TensorCache {
 }
 
 impl TensorCache {
-    pub(super) fn new(model: &Transformer, starts: Vec<usize>, capacity: usize, device: &Device) -> Self {
+    pub(super) fn new(
+        model: &Transformer,
+        starts: Vec<usize>,
+        capacity: usize,
+        device: &Device,
+    ) -> Self {
         let config = model.config();
         let shape = [starts.len(), config.n_kv_heads, capacity, config.head_dim];
         let layers = (0..config.n_layers)
@@ -136,7 +141,6 @@ pub(crate) fn layout(starts: &[usize], len: usize, seq: usize, device: &Device) 
         mask,
     }
 }
-
 
 /// Reads prompts, the longest of `longest` tokens, into a fresh cache; also the logits behind them,
 /// `[batch, vocab]`.

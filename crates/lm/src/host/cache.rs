@@ -80,7 +80,10 @@ impl HostCache {
     }
 
     pub(crate) fn select(&self, rows: &[usize]) -> Self {
-        Self::of(self, rows.iter().map(|&row| self.rows[row].clone()).collect())
+        Self::of(
+            self,
+            rows.iter().map(|&row| self.rows[row].clone()).collect(),
+        )
     }
 
     /// Appends a token to every row; the logits of the next, `[rows, vocab]`.
@@ -96,7 +99,12 @@ impl HostCache {
             new.push(NewToken { id, path });
         }
         self.room -= 1;
-        model.read(&new, &paths, Arc::make_mut(&mut self.pool), &mut self.scratch);
+        model.read(
+            &new,
+            &paths,
+            Arc::make_mut(&mut self.pool),
+            &mut self.scratch,
+        );
         model.logits(&mut self.scratch)
     }
 }
@@ -117,10 +125,16 @@ impl HostModel {
         let mut last = Vec::with_capacity(prompts.len());
         for prompt in prompts {
             let first = tokens.len();
-            tokens.extend(prompt.as_ref().iter().enumerate().map(|(index, &id)| NewToken {
-                id,
-                path: first..first + index + 1,
-            }));
+            tokens.extend(
+                prompt
+                    .as_ref()
+                    .iter()
+                    .enumerate()
+                    .map(|(index, &id)| NewToken {
+                        id,
+                        path: first..first + index + 1,
+                    }),
+            );
             last.push(tokens.len() - 1);
         }
         let mut hidden = Vec::with_capacity(prompts.len() * self.config().hidden_size);

@@ -291,11 +291,7 @@ impl<'a> PrefixCache<'a> {
     }
 
     /// One batch of a frontier: recomputes what was forgotten above it, then steps.
-    fn answer(
-        &mut self,
-        prefixes: &PrefixTree,
-        nodes: &[NodeId],
-    ) -> Vec<Logits> {
+    fn answer(&mut self, prefixes: &PrefixTree, nodes: &[NodeId]) -> Vec<Logits> {
         self.clock += 1;
         for &node in nodes {
             for above in prefixes.ancestors(node).skip(1) {
