@@ -35,7 +35,10 @@ struct Host {
 
 /// Logits, `[rows, vocab]`, where they came to be.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "there is one for each side of a step")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "there is one for each side of a step"
+)]
 pub(super) enum Logits {
     Tensor(Tensor<2>),
     Host(Vec<f32>),
