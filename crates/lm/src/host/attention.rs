@@ -3,6 +3,7 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::exp::exp;
 use super::pool::Layer;
 
 /// Slots whose weights are held at once.
@@ -96,16 +97,18 @@ impl WithSimd for Group<'_> {
                     *weight = dot(simd, query, &keys[slot(keys, at)]);
                     highest = highest.max(*weight);
                 }
-                let shrink = (largest - highest).exp();
+                let shrink = exp(largest - highest);
                 if shrink < 1.0 {
                     total *= shrink;
                     scale(simd, shrink, mixed);
                 }
                 largest = highest;
-                for (weight, &at) in weights.iter_mut().zip(path) {
-                    *weight = (*weight - highest).exp();
-                    total += *weight;
-                    add_scaled(simd, *weight, &values[slot(values, at)], mixed);
+                for weight in &mut weights {
+                    *weight = exp(*weight - highest);
+                }
+                for (&weight, &at) in weights.iter().zip(path) {
+                    total += weight;
+                    add_scaled(simd, weight, &values[slot(values, at)], mixed);
                 }
             }
             scale(simd, 1.0 / total, mixed);

@@ -8,6 +8,7 @@
 
 mod attention;
 mod cache;
+mod exp;
 mod matrix;
 mod pool;
 
@@ -16,6 +17,8 @@ use rayon::prelude::*;
 
 use self::attention::Heads;
 pub(crate) use self::cache::HostCache;
+use self::exp::exp;
+pub(crate) use self::exp::log_sum_exp;
 use self::matrix::{Matrix, Workspace};
 pub(crate) use self::pool::Pool;
 use crate::config::{MlpKind, ModelConfig, Rope};
@@ -372,6 +375,7 @@ fn turn(x: &mut [f32], turns: &[(f32, f32)], head_dim: usize) {
 /// The feed-forward part's nonlinearity, `[rows, intermediate]` in the end.
 fn activate(inner: &mut Vec<f32>, config: &ModelConfig) {
     let width = config.intermediate_size;
+    let arch = pulp::Arch::new();
     let share = |inner: &mut [f32], row: usize, one: &(dyn Fn(&mut [f32]) + Sync)| {
         if inner.len() <= WORTH_SHARING {
             inner.chunks_exact_mut(row).for_each(one);
@@ -383,9 +387,11 @@ fn activate(inner: &mut Vec<f32>, config: &ModelConfig) {
         MlpKind::SwiGlu => {
             share(inner, 2 * width, &|row| {
                 let (gate, up) = row.split_at_mut(width);
-                for (gate, up) in gate.iter_mut().zip(up) {
-                    *gate = *gate / (1.0 + (-*gate).exp()) * *up;
-                }
+                arch.dispatch(|| {
+                    for (gate, up) in gate.iter_mut().zip(up.iter()) {
+                        *gate = *gate / (1.0 + exp(-*gate)) * *up;
+                    }
+                });
             });
             // The gated rows close up.
             let rows = inner.len() / (2 * width);
@@ -395,11 +401,14 @@ fn activate(inner: &mut Vec<f32>, config: &ModelConfig) {
             inner.truncate(rows * width);
         }
         MlpKind::GeluTanh => share(inner, width, &|row| {
+            // `(1 + tanh(z)) / 2 = 1 / (1 + exp(-2z))`
             let root = std::f32::consts::FRAC_2_PI.sqrt();
-            for x in row {
-                let inner = root * (*x + 0.044_715 * *x * *x * *x);
-                *x = 0.5 * *x * (1.0 + inner.tanh());
-            }
+            arch.dispatch(|| {
+                for x in row.iter_mut() {
+                    let z = root * (*x + 0.044_715 * *x * *x * *x);
+                    *x /= 1.0 + exp(-2.0 * z);
+                }
+            });
         }),
         MlpKind::Gelu => share(inner, width, &|row| {
             for x in row {

@@ -5,11 +5,11 @@ mod side;
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 
-use mdp_core::log_sum_exp;
 use search::{NodeId, PrefixModel, PrefixTree, Rows, SearchError};
 
 use self::side::{Logits, Side};
 use crate::error::LmError;
+use crate::host::log_sum_exp;
 use crate::model::Transformer;
 
 /// A pool that is full grows to what it must hold and one in this many more.
@@ -401,31 +401,29 @@ impl Answers {
     }
 
     fn add(&mut self, sides: &[Vec<f32>]) {
-        let rows = |side: usize| sides[side].chunks(self.vocab).map(logps);
+        let rows = |side: usize| {
+            let rows = sides[side].chunks(self.vocab);
+            rows.map(|logits| Row {
+                logits,
+                total: log_sum_exp(logits),
+            })
+        };
         let mut references = self.has_reference.then(|| rows(1));
         for policy in rows(0) {
             let reference = references.as_mut().and_then(Iterator::next);
             match self.top_k {
                 None => {
-                    self.full.extend(policy);
-                    self.reference.extend(reference.into_iter().flatten());
+                    self.full.extend(policy.logps());
+                    self.reference.extend(reference.iter().flat_map(Row::logps));
                 }
                 Some(k) => {
-                    let mut order: Vec<(u32, f64)> = policy
-                        .iter()
-                        .enumerate()
-                        .map(|(i, &l)| (i as u32, l))
-                        .collect();
-                    let likelier = |a: &(u32, f64), b: &(u32, f64)| {
-                        b.1.total_cmp(&a.1).then_with(|| a.0.cmp(&b.0))
-                    };
-                    order.select_nth_unstable_by(k, likelier);
-                    order.truncate(k);
+                    let tokens = likeliest(policy.logits, k);
                     if let Some(reference) = reference {
-                        let at = |&(token, _): &(u32, f64)| reference[token as usize];
-                        self.reference.extend(order.iter().map(at));
+                        let at = |&(token, _): &(u32, f32)| reference.logp(token);
+                        self.reference.extend(tokens.iter().map(at));
                     }
-                    self.top.push(order);
+                    let logp = |&(token, _): &(u32, f32)| (token, policy.logp(token));
+                    self.top.push(tokens.iter().map(logp).collect());
                 }
             }
         }
@@ -444,12 +442,67 @@ impl Answers {
     }
 }
 
-/// The log-softmax of a row, in double.
-fn logps(logits: &[f32]) -> Vec<f64> {
-    let mut row: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
-    let total = log_sum_exp(&row);
-    for logp in &mut row {
-        *logp -= total;
+/// Logits of one state's tokens.
+struct Row<'a> {
+    logits: &'a [f32],
+    /// The log of the sum of their exponentials.
+    total: f64,
+}
+
+impl Row<'_> {
+    fn logp(&self, token: u32) -> f64 {
+        f64::from(self.logits[token as usize]) - self.total
     }
-    row
+
+    fn logps(&self) -> impl Iterator<Item = f64> {
+        self.logits
+            .iter()
+            .map(|&logit| f64::from(logit) - self.total)
+    }
+}
+
+/// The `k` tokens of the largest logits, in any order; the lower ids among equals.
+fn likeliest(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
+    let better = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then_with(|| a.0.cmp(&b.0));
+    let mut best: Vec<(u32, f32)> = Vec::with_capacity(2 * k);
+    if k == 0 {
+        return best;
+    }
+    // Below or at it, `k` better ones are known.
+    let mut bar = None;
+    for (token, &logit) in logits.iter().enumerate() {
+        if bar.is_some_and(|bar| logit <= bar) {
+            continue;
+        }
+        best.push((token as u32, logit));
+        if best.len() == 2 * k {
+            let (_, &mut (_, least), _) = best.select_nth_unstable_by(k - 1, better);
+            best.truncate(k);
+            bar = Some(least);
+        }
+    }
+    if best.len() > k {
+        best.select_nth_unstable_by(k - 1, better);
+        best.truncate(k);
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_likeliest_are_the_head_of_the_sorted_row() {
+        for (count, k) in [(1, 1), (7, 3), (100, 99), (1000, 10), (1000, 1)] {
+            // Few values, so that there are many equals.
+            let logits: Vec<f32> = (0..count).map(|i| ((i * 7919) % 23) as f32).collect();
+            let mut sorted: Vec<u32> = (0..count as u32).collect();
+            sorted.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+            let mut found = likeliest(&logits, k);
+            found.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            let found: Vec<u32> = found.into_iter().map(|(token, _)| token).collect();
+            assert_eq!(found, sorted[..k]);
+        }
+    }
 }
