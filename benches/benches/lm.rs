@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use burn::tensor::{Device, Distribution, Int, Tensor, TensorData};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dpo_loss::{Beta, Objectives, token_logps};
-use lm::{CompletionBatch, LlamaShape, ModelConfig, Transformer};
+use lm::{CompletionBatch, Decoder, LlamaShape, ModelConfig, Transformer};
 use trainer::{Activations, AdamW, Learner, OptimizerRecipe, pair_logps, preference_micro_batch};
 
 /// Rows and vocabulary: a batch of the memo task, and of a model with a real vocabulary.
@@ -130,19 +130,25 @@ fn decoding_step(c: &mut Criterion) {
     let device = Device::default();
     let model = memo_model(&device);
     let mut group = c.benchmark_group("decoding_step");
-    for batch in [1, 16] {
-        let prompts: Vec<Vec<u32>> = (0..batch).map(|row| ids(PROMPT, row)).collect();
-        let next = ids(batch, 7);
-        group.throughput(Throughput::Elements(batch as u64));
-        group.bench_function(BenchmarkId::new("cached", format!("b{batch}")), |b| {
-            b.iter_custom(|n_steps| decode(&model, &prompts, &next, n_steps));
-        });
+    let decoders = [
+        ("tensors", Decoder::of_tensors(&model)),
+        ("own", Decoder::new(&model)),
+    ];
+    for (name, decoder) in &decoders {
+        for batch in [1, 16] {
+            let prompts: Vec<Vec<u32>> = (0..batch).map(|row| ids(PROMPT, row)).collect();
+            let next = ids(batch, 7);
+            group.throughput(Throughput::Elements(batch as u64));
+            group.bench_function(BenchmarkId::new(*name, format!("b{batch}")), |b| {
+                b.iter_custom(|n_steps| decode(decoder, &prompts, &next, n_steps));
+            });
+        }
     }
     group.finish();
 }
 
 /// Time of `n_steps` cached steps; reading the prompts again when a cache is full is left out.
-fn decode(model: &Transformer, prompts: &[Vec<u32>], next: &[u32], n_steps: u64) -> Duration {
+fn decode(model: &Decoder<'_>, prompts: &[Vec<u32>], next: &[u32], n_steps: u64) -> Duration {
     let mut cache = None;
     let mut spent = Duration::ZERO;
     for _ in 0..n_steps {

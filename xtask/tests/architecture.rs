@@ -164,15 +164,24 @@ fn only_the_trainer_chooses_a_backend() {
                 .any(|feature| backends.iter().any(|backend| feature == backend));
             assert!(!chosen, "dependency burn of {}", name(&package));
         }
-        let forwarded = package["features"].as_object().unwrap().values();
-        let flex = forwarded
+        let features = package["features"].as_object().unwrap();
+        let flex = features
+            .values()
             .filter_map(Value::as_array)
             .flatten()
             .any(|feature| feature == "burn/flex");
+        // `lm` must know of the backend that it decodes past, but does not choose it.
         assert_eq!(
             flex,
-            name(&package) == "trainer",
+            ["trainer", "lm"].contains(&name(&package)),
             "features of {}",
+            name(&package)
+        );
+        let by_default = features.contains_key("default");
+        assert_eq!(
+            by_default,
+            name(&package) == "trainer",
+            "default features of {}",
             name(&package)
         );
     }

@@ -11,7 +11,7 @@
 //! | adapters of low rank, in PEFT's folders | [`LoraConfig`], [`Transformer::with_lora`] |
 //! | frozen parameters, and the memory that training needs | [`FreezeSpec`], [`TrainingMemory`] |
 //! | gradient checkpointing | [`Checkpointed`] |
-//! | cached decoding, greedy or sampled, batched | [`Generate`], [`KvCache`] |
+//! | cached decoding, greedy or sampled, batched | [`Decoder`], [`Generate`], [`KvCache`] |
 //! | a search's tree of prefixes, which share their keys and values | [`PrefixCache`] |
 //! | tokenizers and chat templates | [`tokenizer`], [`chat`] |
 //! | preference, SFT and labelled rows, and their tokens | [`data`] |
@@ -55,6 +55,7 @@ pub mod data;
 mod decode;
 mod error;
 pub mod files;
+mod host;
 mod lora;
 mod model;
 mod names;
@@ -67,7 +68,7 @@ pub mod weights;
 
 pub use batch::{CompletionBatch, Scored};
 pub use config::{Family, LlamaShape, MlpKind, ModelConfig, NormKind, Rope};
-pub use decode::{Decoding, Generate, Generated, KvCache};
+pub use decode::{Decoder, Decoding, Generate, Generated, KvCache};
 pub use error::LmError;
 pub use lora::{AdapterFolder, LoraConfig};
 pub use model::Transformer;

@@ -11,7 +11,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::config::{Family, MlpKind, ModelConfig, Rope};
-use crate::decode::Past;
+use crate::decode::device::Past;
 use crate::error::LmError;
 use crate::lora::{Adapter, LoraConfig};
 use crate::names::{self, Parameter, Role};
@@ -24,11 +24,11 @@ use crate::weights::{HostTensor, SINGLE_FILE, WeightFiles, write_safetensors};
 /// only the positions that are needed pay for the vocabulary.
 #[derive(Module, Debug)]
 pub struct Transformer {
-    embed: Param<Tensor<2>>,
-    positions: Option<Param<Tensor<2>>>,
+    pub(crate) embed: Param<Tensor<2>>,
+    pub(crate) positions: Option<Param<Tensor<2>>>,
     pub(crate) blocks: Vec<Block>,
-    norm: Norm,
-    head: Option<Projection>,
+    pub(crate) norm: Norm,
+    pub(crate) head: Option<Projection>,
     #[module(skip)]
     config: ModelConfig,
     #[module(skip)]
@@ -37,35 +37,35 @@ pub struct Transformer {
 
 #[derive(Module, Debug)]
 pub(crate) struct Block {
-    attn_norm: Norm,
-    query: Projection,
-    key: Projection,
-    value: Projection,
+    pub(crate) attn_norm: Norm,
+    pub(crate) query: Projection,
+    pub(crate) key: Projection,
+    pub(crate) value: Projection,
     /// The adapter of query, key and value together, where the family stores them as one matrix.
     fused: Option<Adapter>,
-    output: Projection,
-    query_norm: Option<Param<Tensor<1>>>,
-    key_norm: Option<Param<Tensor<1>>>,
-    mlp_norm: Norm,
-    gate: Option<Projection>,
-    up: Projection,
-    down: Projection,
+    pub(crate) output: Projection,
+    pub(crate) query_norm: Option<Param<Tensor<1>>>,
+    pub(crate) key_norm: Option<Param<Tensor<1>>>,
+    pub(crate) mlp_norm: Norm,
+    pub(crate) gate: Option<Projection>,
+    pub(crate) up: Projection,
+    pub(crate) down: Projection,
 }
 
 /// A matrix `[inputs, outputs]`, its bias, and its adapter if it has one.
 #[derive(Module, Debug)]
-struct Projection {
-    weight: Param<Tensor<2>>,
-    bias: Option<Param<Tensor<1>>>,
+pub(crate) struct Projection {
+    pub(crate) weight: Param<Tensor<2>>,
+    pub(crate) bias: Option<Param<Tensor<1>>>,
     adapter: Option<Adapter>,
 }
 
 #[derive(Module, Debug)]
-struct Norm {
-    weight: Param<Tensor<1>>,
-    bias: Option<Param<Tensor<1>>>,
+pub(crate) struct Norm {
+    pub(crate) weight: Param<Tensor<1>>,
+    pub(crate) bias: Option<Param<Tensor<1>>>,
     #[module(skip)]
-    eps: f64,
+    pub(crate) eps: f64,
 }
 
 impl Transformer {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::Module;
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use lm::{Decoding, Generate, ModelConfig, Transformer, weights::WeightFiles};
+use lm::{Decoder, Decoding, Generate, ModelConfig, Transformer, weights::WeightFiles};
 use serde_json::Value;
 
 /// Logits are of order 1 to 10 and both sides compute in f32, whose own spread here is 2e-6.
@@ -167,45 +167,53 @@ fn a_written_folder_reads_back_bit_by_bit() {
 
 #[test]
 fn cached_decoding_equals_reading_the_whole_text_again() {
-    // Logits of one model by two orders of summation.
-    const CACHE_TOLERANCE: f32 = 1e-5;
     let device = Device::default();
     for folder in folders() {
         let model = Transformer::read(&folder, &device).unwrap();
-        let vocab = model.config().vocab_size;
-        let mut texts: Vec<Vec<u32>> =
-            vec![vec![5, 9, 11, 40], vec![7, 3], vec![60, 61, 62, 63, 64, 65]];
-        let (mut cache, mut logits) = model.prefill(&texts, 4).unwrap();
-        for step in 0..4 {
-            let got: Vec<f32> = logits.try_into_vec_as().unwrap();
-            for (row, text) in texts.iter().enumerate() {
-                let whole: Vec<i64> = text.iter().map(|&id| i64::from(id)).collect();
-                let whole = Tensor::from_data(TensorData::new(whole, [1, text.len()]), &device);
-                let expected: Vec<f32> = model.logits(whole).try_into_vec_as().unwrap();
-                let last = &expected[(text.len() - 1) * vocab..];
-                for (a, b) in got[row * vocab..][..vocab].iter().zip(last) {
-                    let close = (a - b).abs() < CACHE_TOLERANCE;
-                    assert!(
-                        close,
-                        "{}: step {step} row {row}: {a} {b}",
-                        folder.display()
-                    );
-                }
-            }
-            // A fork with rows reordered goes on as the rows it came from.
-            let order = [2, 0, 1];
-            let mut clone = cache.clone();
-            cache = cache.select(&order);
-            texts = order.iter().map(|&row| texts[row].clone()).collect();
-            let tokens: Vec<u32> = (0..3).map(|row| 10 + step + row).collect();
-            for (text, &token) in texts.iter_mut().zip(&tokens) {
-                text.push(token);
-            }
-            let mut untouched = cache.clone();
-            logits = model.step(&tokens, &mut cache);
-            // Writing to one clone is not seen by another.
-            let _ = model.step(&[1, 1, 1], &mut clone);
-            let _ = model.step(&[1, 1, 1], &mut untouched);
+        for decoder in [Decoder::new(&model), Decoder::of_tensors(&model)] {
+            check_cached(&decoder, &folder);
         }
+    }
+}
+
+fn check_cached(decoder: &Decoder<'_>, folder: &Path) {
+    // Logits of one model by two orders of summation.
+    const CACHE_TOLERANCE: f32 = 1e-5;
+    let model = decoder.model();
+    let device = model.device();
+    let vocab = model.config().vocab_size;
+    let mut texts: Vec<Vec<u32>> =
+        vec![vec![5, 9, 11, 40], vec![7, 3], vec![60, 61, 62, 63, 64, 65]];
+    let (mut cache, mut logits) = decoder.prefill(&texts, 4).unwrap();
+    for step in 0..4 {
+        let got: Vec<f32> = logits.try_into_vec_as().unwrap();
+        for (row, text) in texts.iter().enumerate() {
+            let whole: Vec<i64> = text.iter().map(|&id| i64::from(id)).collect();
+            let whole = Tensor::from_data(TensorData::new(whole, [1, text.len()]), &device);
+            let expected: Vec<f32> = model.logits(whole).try_into_vec_as().unwrap();
+            let last = &expected[(text.len() - 1) * vocab..];
+            for (a, b) in got[row * vocab..][..vocab].iter().zip(last) {
+                let close = (a - b).abs() < CACHE_TOLERANCE;
+                assert!(
+                    close,
+                    "{}: step {step} row {row}: {a} {b}",
+                    folder.display()
+                );
+            }
+        }
+        // A fork with rows reordered goes on as the rows it came from.
+        let order = [2, 0, 1];
+        let mut clone = cache.clone();
+        cache = cache.select(&order);
+        texts = order.iter().map(|&row| texts[row].clone()).collect();
+        let tokens: Vec<u32> = (0..3).map(|row| 10 + step + row).collect();
+        for (text, &token) in texts.iter_mut().zip(&tokens) {
+            text.push(token);
+        }
+        let mut untouched = cache.clone();
+        logits = decoder.step(&tokens, &mut cache);
+        // Writing to one clone is not seen by another.
+        let _ = decoder.step(&[1, 1, 1], &mut clone);
+        let _ = decoder.step(&[1, 1, 1], &mut untouched);
     }
 }

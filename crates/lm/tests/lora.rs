@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Int, Tensor, TensorData};
-use lm::{AdapterFolder, CompletionBatch, Decoding, Generate, LoraConfig, Transformer};
+use lm::{AdapterFolder, CompletionBatch, Decoder, Decoding, Generate, LoraConfig, Transformer};
 use serde_json::{Map, Value, json};
 
 /// Logits are of order 1 to 10 and both sides compute in f32.
@@ -173,7 +173,7 @@ fn merged_and_unmerged_agree_and_so_does_cached_decoding() {
         assert_eq!(own, merged.generate(&ROWS, &options).unwrap(), "{name}");
         // Behind the cache as without it.
         let vocab = merged.config().vocab_size;
-        let (_, cached) = adapted.prefill(&ROWS, 1).unwrap();
+        let (_, cached) = Decoder::new(&adapted).prefill(&ROWS, 1).unwrap();
         let cached: Vec<f32> = cached.try_into_vec_as().unwrap();
         let last: Vec<f32> = expected
             .chunks(vocab)

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use lm::Transformer;
+use lm::{Decoder, Transformer};
 use memo_task::{MemoTask, RewardKind};
 use report::Token;
 use serde::{Deserialize, Serialize};
@@ -401,8 +401,8 @@ fn compare(
 ) -> Result<Compared, TrainError> {
     let n = options.oracle_copies.min(copies.single.len());
     let proposals = oracle::Proposals {
-        reference: &models.reference,
-        policy: &models.policy,
+        reference: &Decoder::new(&models.reference),
+        policy: &Decoder::new(&models.policy),
     };
     let found = workers.map(n, |index| {
         let copy = &copies.single[index];

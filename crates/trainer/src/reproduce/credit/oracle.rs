@@ -1,6 +1,6 @@
 //! The soft advantage of a token under the task's true reward, by weighted rollouts.
 
-use lm::{KvCache, Sampling, Transformer, sample};
+use lm::{Decoder, KvCache, Sampling, sample};
 use mdp_core::log_sum_exp;
 use memo_task::{Memo, MemoTask, Reader};
 use rand::SeedableRng;
@@ -27,8 +27,8 @@ pub(super) struct Advantages {
 /// The model that values are of, and one that finds good completions more often.
 #[derive(Clone, Copy)]
 pub(super) struct Proposals<'a> {
-    pub reference: &'a Transformer,
-    pub policy: &'a Transformer,
+    pub reference: &'a Decoder<'a>,
+    pub policy: &'a Decoder<'a>,
 }
 
 /// Where both models have read the same text.
@@ -191,7 +191,7 @@ fn rollouts(
 
 #[cfg(test)]
 mod tests {
-    use lm::{LlamaShape, ModelConfig};
+    use lm::{LlamaShape, ModelConfig, Transformer};
     use memo_task::{MemoConfig, Split};
 
     use super::*;
@@ -234,15 +234,15 @@ mod tests {
             ids: &good.ids,
         };
         let both = Proposals {
-            reference: &reference,
-            policy: &policy,
+            reference: &Decoder::new(&reference),
+            policy: &Decoder::new(&policy),
         };
         let found = advantages(both, &task, &text, &options, 0).unwrap();
         assert_eq!(found.all.len(), good.ids.len());
         // A perfect text earns 0, and so the sum is −V(s_0). One token is drawn behind the prompt,
         // so that V(s_0) can be added up over the vocabulary.
         let sharpness = task.config().label_sharpness;
-        let (_, logits) = reference.prefill(&[text.prompt], 1).unwrap();
+        let (_, logits) = both.reference.prefill(&[text.prompt], 1).unwrap();
         let logits = host(logits);
         let terms: Vec<f64> = (0..task.vocab_size() as u32)
             .map(|token| {
@@ -270,12 +270,12 @@ mod tests {
         let reference = Transformer::init(shape(&task), 1, &device).unwrap();
         let policy = Transformer::init(shape(&task), 7, &device).unwrap();
         let both = Proposals {
-            reference: &reference,
-            policy: &policy,
+            reference: &Decoder::new(&reference),
+            policy: &Decoder::new(&policy),
         };
         let example = &task.examples(Split::Prompts, 1, 5)[0];
-        let (cache, logits) = reference.prefill(&[&example.prompt_ids], 4).unwrap();
-        let (other, others) = policy.prefill(&[&example.prompt_ids], 4).unwrap();
+        let (cache, logits) = both.reference.prefill(&[&example.prompt_ids], 4).unwrap();
+        let (other, others) = both.policy.prefill(&[&example.prompt_ids], 4).unwrap();
         let state = State {
             caches: [cache, other],
             logits: [host(logits), host(others)],

@@ -1,18 +1,17 @@
 //! A search's model: prefixes as a tree of tokens that share their keys and values.
 
+mod side;
+
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
-use mdp_core::log_sum_exp;
 use search::{NodeId, PrefixModel, PrefixTree, Rows, SearchError};
 
-use crate::decode::{Past, layout};
+use self::side::{Logits, Side};
 use crate::error::LmError;
+use crate::host::log_sum_exp;
 use crate::model::Transformer;
 
-/// Bytes of one key or value: f32.
-const ELEMENT_BYTES: usize = 4;
 /// A pool that is full grows to what it must hold and one in this many more.
 const SLACK: usize = 8;
 /// Rows of one step, unless told otherwise.
@@ -24,8 +23,8 @@ const MAX_ROWS: usize = 64;
 /// the list of the slots of its tokens. So prefixes that begin alike hold their beginning once, a
 /// fork costs nothing, and what is held is as many tokens as the tree has. A frontier, of prefixes of
 /// any lengths, is one step of the policy, one of the reference, and one read of both their logits.
-/// The keys and values of its prefixes are gathered from the pool layer by layer, so that no more
-/// than one layer's are ever there twice.
+/// On a CPU attention reads keys and values where they lie; elsewhere those of a frontier's prefixes
+/// are gathered from the pool layer by layer, so that no more than one layer's are ever there twice.
 ///
 /// With [`limit_bytes`](Self::limit_bytes) prefixes that no search is about to continue are forgotten,
 /// longest unused first, and computed again when they are needed after all.
@@ -92,20 +91,24 @@ struct Held {
     used: u64,
 }
 
-/// A model and its pool: keys and values of each layer, `[capacity, kv_heads * head_dim]`.
-#[derive(Debug)]
-struct Side<'a> {
-    model: &'a Transformer,
-    layers: Vec<(Tensor<2>, Tensor<2>)>,
-}
-
 impl<'a> PrefixCache<'a> {
-    /// The policy alone.
+    /// The policy alone; on a CPU with a copy of its weights laid out for decoding, as
+    /// [`Decoder`](crate::Decoder) has it.
     #[must_use]
     pub fn new(policy: &'a Transformer) -> Self {
+        Self::of_side(Side::new(policy))
+    }
+
+    /// The policy alone, by the model's own tensors, on a CPU too.
+    #[must_use]
+    pub fn of_tensors(policy: &'a Transformer) -> Self {
+        Self::of_side(Side::of_tensors(policy))
+    }
+
+    fn of_side(policy: Side<'a>) -> Self {
         Self {
-            vocab: policy.config().vocab_size,
-            sides: vec![Side::new(policy)],
+            vocab: policy.model.config().vocab_size,
+            sides: vec![policy],
             limit_bytes: None,
             max_rows: MAX_ROWS,
             prompt_len: 0,
@@ -117,7 +120,7 @@ impl<'a> PrefixCache<'a> {
         }
     }
 
-    /// The same with the reference that log-ratios are taken to.
+    /// The same with the reference that log-ratios are taken to, computed as the policy is.
     ///
     /// # Errors
     ///
@@ -131,7 +134,12 @@ impl<'a> PrefixCache<'a> {
             )));
         }
         self.sides.truncate(1);
-        self.sides.push(Side::new(reference));
+        let reference = if self.sides[0].is_host() {
+            Side::new(reference)
+        } else {
+            Side::of_tensors(reference)
+        };
+        self.sides.push(reference);
         Ok(self)
     }
 
@@ -170,28 +178,16 @@ impl<'a> PrefixCache<'a> {
         }
     }
 
-    fn device(&self) -> Device {
-        self.sides[0].model.device()
-    }
-
     /// Reads the prompt; returns the logits behind it, `[1, vocab]` of each side.
-    fn read_prompt(&mut self, prompt: &[u32]) -> Result<Vec<Tensor<2>>, LmError> {
-        let mut logits = Vec::with_capacity(self.sides.len());
-        for side in &mut self.sides {
-            let (cache, next) = side.model.prefill(&[prompt], 0)?;
-            side.layers = cache
-                .into_layers()
-                .into_iter()
-                .map(|(key, value)| (to_slots(key), to_slots(value)))
-                .collect();
-            logits.push(next);
-        }
+    fn read_prompt(&mut self, prompt: &[u32]) -> Vec<Logits> {
+        let logits = self.sides.iter_mut().map(|side| side.read_prompt(prompt));
+        let logits = logits.collect();
         self.prompt_len = prompt.len();
         self.used = prompt.len();
         self.capacity = prompt.len();
         self.stats.steps += 1;
         self.note_peaks();
-        Ok(logits)
+        logits
     }
 
     fn note_peaks(&mut self) {
@@ -202,41 +198,16 @@ impl<'a> PrefixCache<'a> {
 
     /// Appends each node's token to its parent, whose tokens are all held, and holds it too; returns
     /// the logits, `[nodes, vocab]` of each side.
-    fn step(&mut self, prefixes: &PrefixTree, nodes: &[NodeId]) -> Vec<Tensor<2>> {
+    fn step(&mut self, prefixes: &PrefixTree, nodes: &[NodeId]) -> Vec<Logits> {
         self.make_room(nodes.len());
-        let paths: Vec<Vec<i64>> = nodes.iter().map(|&n| self.path(prefixes, n)).collect();
-        let longest = paths.iter().map(Vec::len).max().unwrap_or(0);
-        let starts: Vec<usize> = paths.iter().map(|path| longest - path.len()).collect();
-        let device = self.device();
-        // Padding is masked, so that any slot does.
-        let slots: Vec<i64> = paths
+        let paths: Vec<Vec<u32>> = nodes.iter().map(|&n| self.path(prefixes, n)).collect();
+        let ids = nodes
             .iter()
-            .zip(&starts)
-            .flat_map(|(path, &start)| std::iter::repeat_n(0, start).chain(path.iter().copied()))
-            .collect();
-        let count = slots.len();
-        let slots = Tensor::<1, Int>::from_data(TensorData::new(slots, [count]), &device);
-        let ids: Vec<i64> = nodes
-            .iter()
-            .map(|&node| i64::from(prefixes.token(node).unwrap_or_default()))
-            .collect();
-        let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [nodes.len(), 1]), &device);
-        let layout = layout(&starts, longest, 1, &device);
+            .map(|&node| prefixes.token(node).unwrap_or_default());
+        let ids: Vec<u32> = ids.collect();
         let first = self.used;
-        let logits = self
-            .sides
-            .iter_mut()
-            .map(|side| {
-                let mut past = Gathered {
-                    layers: &mut side.layers,
-                    slots: slots.clone(),
-                    rows: nodes.len(),
-                    first,
-                };
-                let model = side.model;
-                model.head(model.hidden_cached(ids.clone(), &layout, &mut past))
-            })
-            .collect();
+        let sides = self.sides.iter_mut();
+        let logits = sides.map(|side| side.step(&ids, &paths, first)).collect();
         for (row, &node) in nodes.iter().enumerate() {
             let slot = first + row;
             let used = self.clock;
@@ -249,14 +220,14 @@ impl<'a> PrefixCache<'a> {
     }
 
     /// The slots of a prefix without its last token.
-    fn path(&self, prefixes: &PrefixTree, node: NodeId) -> Vec<i64> {
+    fn path(&self, prefixes: &PrefixTree, node: NodeId) -> Vec<u32> {
         let completion = prefixes
             .ancestors(node)
             .skip(1)
             .filter(|&above| above != NodeId::ROOT)
-            .map(|above| self.held[&above].slot as i64);
-        let mut path: Vec<i64> = completion.collect();
-        path.extend((0..self.prompt_len as i64).rev());
+            .map(|above| self.held[&above].slot as u32);
+        let mut path: Vec<u32> = completion.collect();
+        path.extend((0..self.prompt_len as u32).rev());
         path.reverse();
         path
     }
@@ -305,36 +276,22 @@ impl<'a> PrefixCache<'a> {
     fn rebuild(&mut self, capacity: usize) {
         let mut entries: Vec<&mut Held> = self.held.values_mut().collect();
         entries.sort_unstable_by_key(|held| held.slot);
-        let mut kept: Vec<i64> = (0..self.prompt_len as i64).collect();
+        let mut kept: Vec<u32> = (0..self.prompt_len as u32).collect();
         for held in entries {
             let slot = kept.len();
-            kept.push(held.slot as i64);
+            kept.push(held.slot as u32);
             held.slot = slot;
         }
         let live = kept.len();
-        let device = self.sides[0].model.device();
-        let kept = Tensor::<1, Int>::from_data(TensorData::new(kept, [live]), &device);
         for side in &mut self.sides {
-            for (keys, values) in &mut side.layers {
-                for pool in [keys, values] {
-                    pool.inplace(|pool| {
-                        let [_, width] = pool.dims();
-                        let free = Tensor::zeros([capacity - live, width], &device);
-                        Tensor::cat(vec![pool.select(0, kept.clone()), free], 0)
-                    });
-                }
-            }
+            side.rebuild(&kept, capacity);
         }
         self.used = live;
         self.capacity = capacity;
     }
 
     /// One batch of a frontier: recomputes what was forgotten above it, then steps.
-    fn answer(
-        &mut self,
-        prefixes: &PrefixTree,
-        nodes: &[NodeId],
-    ) -> Result<Vec<Tensor<2>>, LmError> {
+    fn answer(&mut self, prefixes: &PrefixTree, nodes: &[NodeId]) -> Vec<Logits> {
         self.clock += 1;
         for &node in nodes {
             for above in prefixes.ancestors(node).skip(1) {
@@ -356,16 +313,7 @@ impl<'a> PrefixCache<'a> {
             self.step(prefixes, &missing);
             self.stats.recomputed += missing.len();
         }
-        Ok(self.step(prefixes, nodes))
-    }
-
-    /// The logits of all sides in one read: `[sides][rows * vocab]`.
-    fn read(&self, logits: Vec<Tensor<2>>) -> Result<Vec<Vec<f32>>, LmError> {
-        let size: usize = logits[0].dims().iter().product();
-        let all = Tensor::cat(logits, 0)
-            .try_into_vec_as::<f32>()
-            .map_err(|error| LmError::Request(format!("logits could not be read: {error:?}")))?;
-        Ok(all.chunks(size).map(<[f32]>::to_vec).collect())
+        self.step(prefixes, nodes)
     }
 }
 
@@ -385,7 +333,7 @@ impl PrefixModel for PrefixCache<'_> {
         self.capacity = 0;
         self.stats = PrefixCacheStats::default();
         for side in &mut self.sides {
-            side.layers.clear();
+            side.clear();
             let checked = side.model.check(&[prompt], max_new_tokens);
             checked.map_err(SearchError::model)?;
         }
@@ -401,16 +349,14 @@ impl PrefixModel for PrefixCache<'_> {
         let mut rows = Answers::new(self.vocab, top_k, self.has_reference());
         let mut rest = frontier;
         if self.prompt_len == 0 || frontier.first() == Some(&NodeId::ROOT) {
-            let read = self.read_prompt(prefixes.prompt());
-            let logits = read.map_err(SearchError::model)?;
+            let logits = self.read_prompt(prefixes.prompt());
             if let Some((&NodeId::ROOT, behind)) = frontier.split_first() {
-                rows.add(&self.read(logits).map_err(SearchError::model)?);
+                rows.add(&side::to_host(logits).map_err(SearchError::model)?);
                 rest = behind;
             }
         }
         for nodes in rest.chunks(self.max_rows) {
-            let logits = self.answer(prefixes, nodes);
-            let logits = logits.and_then(|logits| self.read(logits));
+            let logits = side::to_host(self.answer(prefixes, nodes));
             rows.add(&logits.map_err(SearchError::model)?);
         }
         rows.finish()
@@ -430,56 +376,6 @@ impl PrefixModel for PrefixCache<'_> {
             above.contains(node) || prefixes.ancestors(*node).any(|node| alive.contains(&node))
         });
     }
-}
-
-impl<'a> Side<'a> {
-    fn new(model: &'a Transformer) -> Self {
-        Self {
-            model,
-            layers: Vec::new(),
-        }
-    }
-
-    fn bytes_per_token(&self) -> usize {
-        let config = self.model.config();
-        2 * config.n_layers * config.n_kv_heads * config.head_dim * ELEMENT_BYTES
-    }
-}
-
-/// Keys or values `[1, kv_heads, seq, head_dim]` as slots, `[seq, kv_heads * head_dim]`.
-fn to_slots(x: Tensor<4>) -> Tensor<2> {
-    let [_, heads, seq, width] = x.dims();
-    x.swap_dims(1, 2).reshape([seq, heads * width])
-}
-
-/// The pasts of some rows, gathered from a pool as each layer asks.
-struct Gathered<'p> {
-    layers: &'p mut [(Tensor<2>, Tensor<2>)],
-    /// Slots of all rows, padded on the left, `[rows * seq]`.
-    slots: Tensor<1, Int>,
-    rows: usize,
-    /// Where the new tokens go.
-    first: usize,
-}
-
-impl Past for Gathered<'_> {
-    fn append(&mut self, layer: usize, key: Tensor<4>, value: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
-        let (slots, rows, first) = (&self.slots, self.rows, self.first);
-        let (keys, values) = &mut self.layers[layer];
-        let grow = |pool: &mut Tensor<2>, new: Tensor<4>| {
-            let [_, heads, _, width] = new.dims();
-            let [count] = slots.dims();
-            let past = pool.clone().select(0, slots.clone());
-            let past = past.reshape([rows, count / rows, heads, width]);
-            let flat = new.clone().reshape([rows, heads * width]);
-            let place = [first..first + rows, 0..heads * width];
-            pool.inplace(|pool| pool.slice_assign(place, flat));
-            Tensor::cat(vec![past.swap_dims(1, 2), new], 2)
-        };
-        (grow(keys, key), grow(values, value))
-    }
-
-    fn advance(&mut self, _seq: usize) {}
 }
 
 /// Rows of logits becoming what a search wants of them.
@@ -505,31 +401,29 @@ impl Answers {
     }
 
     fn add(&mut self, sides: &[Vec<f32>]) {
-        let rows = |side: usize| sides[side].chunks(self.vocab).map(logps);
+        let rows = |side: usize| {
+            let rows = sides[side].chunks(self.vocab);
+            rows.map(|logits| Row {
+                logits,
+                total: log_sum_exp(logits),
+            })
+        };
         let mut references = self.has_reference.then(|| rows(1));
         for policy in rows(0) {
             let reference = references.as_mut().and_then(Iterator::next);
             match self.top_k {
                 None => {
-                    self.full.extend(policy);
-                    self.reference.extend(reference.into_iter().flatten());
+                    self.full.extend(policy.logps());
+                    self.reference.extend(reference.iter().flat_map(Row::logps));
                 }
                 Some(k) => {
-                    let mut order: Vec<(u32, f64)> = policy
-                        .iter()
-                        .enumerate()
-                        .map(|(i, &l)| (i as u32, l))
-                        .collect();
-                    let likelier = |a: &(u32, f64), b: &(u32, f64)| {
-                        b.1.total_cmp(&a.1).then_with(|| a.0.cmp(&b.0))
-                    };
-                    order.select_nth_unstable_by(k, likelier);
-                    order.truncate(k);
+                    let tokens = likeliest(policy.logits, k);
                     if let Some(reference) = reference {
-                        let at = |&(token, _): &(u32, f64)| reference[token as usize];
-                        self.reference.extend(order.iter().map(at));
+                        let at = |&(token, _): &(u32, f32)| reference.logp(token);
+                        self.reference.extend(tokens.iter().map(at));
                     }
-                    self.top.push(order);
+                    let logp = |&(token, _): &(u32, f32)| (token, policy.logp(token));
+                    self.top.push(tokens.iter().map(logp).collect());
                 }
             }
         }
@@ -548,12 +442,67 @@ impl Answers {
     }
 }
 
-/// The log-softmax of a row, in double.
-fn logps(logits: &[f32]) -> Vec<f64> {
-    let mut row: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
-    let total = log_sum_exp(&row);
-    for logp in &mut row {
-        *logp -= total;
+/// Logits of one state's tokens.
+struct Row<'a> {
+    logits: &'a [f32],
+    /// The log of the sum of their exponentials.
+    total: f64,
+}
+
+impl Row<'_> {
+    fn logp(&self, token: u32) -> f64 {
+        f64::from(self.logits[token as usize]) - self.total
     }
-    row
+
+    fn logps(&self) -> impl Iterator<Item = f64> {
+        self.logits
+            .iter()
+            .map(|&logit| f64::from(logit) - self.total)
+    }
+}
+
+/// The `k` tokens of the largest logits, in any order; the lower ids among equals.
+fn likeliest(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
+    let better = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then_with(|| a.0.cmp(&b.0));
+    let mut best: Vec<(u32, f32)> = Vec::with_capacity(2 * k);
+    if k == 0 {
+        return best;
+    }
+    // Below or at it, `k` better ones are known.
+    let mut bar = None;
+    for (token, &logit) in logits.iter().enumerate() {
+        if bar.is_some_and(|bar| logit <= bar) {
+            continue;
+        }
+        best.push((token as u32, logit));
+        if best.len() == 2 * k {
+            let (_, &mut (_, least), _) = best.select_nth_unstable_by(k - 1, better);
+            best.truncate(k);
+            bar = Some(least);
+        }
+    }
+    if best.len() > k {
+        best.select_nth_unstable_by(k - 1, better);
+        best.truncate(k);
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_likeliest_are_the_head_of_the_sorted_row() {
+        for (count, k) in [(1, 1), (7, 3), (100, 99), (1000, 10), (1000, 1)] {
+            // Few values, so that there are many equals.
+            let logits: Vec<f32> = (0..count).map(|i| ((i * 7919) % 23) as f32).collect();
+            let mut sorted: Vec<u32> = (0..count as u32).collect();
+            sorted.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]));
+            let mut found = likeliest(&logits, k);
+            found.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+            let found: Vec<u32> = found.into_iter().map(|(token, _)| token).collect();
+            assert_eq!(found, sorted[..k]);
+        }
+    }
 }

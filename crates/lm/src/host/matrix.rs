@@ -1,0 +1,451 @@
+//! Matrices laid out for one pass over memory.
+
+use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
+
+/// Outputs of a panel.
+const PANEL: usize = 32;
+/// Inputs are padded to a multiple of this, so that the longest unrolled loop has no rest.
+const UNROLL: usize = 4;
+/// Numbers of a cache line: panels begin on one, so that no load touches two.
+const LINE: usize = 16;
+/// The bits of an f32 that bf16 has not.
+const LOWER: u32 = 0xffff;
+/// Multiplications and additions that one core does while two cores agree on who does what.
+const WORTH_SHARING: usize = 1 << 16;
+/// Weights of one task where work is shared: few enough that the cores end together.
+const TASK_WEIGHTS: usize = 1 << 15;
+
+/// A matrix `[inputs, outputs]` as panels of 32 outputs, each `[inputs, 32]`.
+///
+/// A product reads every panel once, front to back. With one row that is all there is to do, and
+/// the time is that of reading the weights; further rows reuse what the registers hold. So weights
+/// that bf16 can hold, as those of most published checkpoints, are kept in it, which halves the
+/// time and changes no number.
+pub(crate) struct Matrix {
+    panels: Panels,
+    inputs: usize,
+    outputs: usize,
+}
+
+enum Panels {
+    Full(Lines<f32>),
+    /// Two weights a word, [`PANEL`] / 2 outputs apart: the first in the lower half.
+    Bf16(Lines<u32>),
+}
+
+/// Numbers that begin at a cache line.
+struct Lines<T> {
+    storage: Vec<T>,
+    start: usize,
+}
+
+impl<T: Copy + Default> Lines<T> {
+    fn zeros(size: usize) -> Self {
+        let mut storage = vec![T::default(); size + LINE];
+        // Without an offset, which is a hint, the products are the same.
+        let start = storage.as_ptr().align_offset(LINE * size_of::<T>());
+        let start = if start <= LINE { start } else { 0 };
+        storage.truncate(start + size);
+        Self { storage, start }
+    }
+}
+
+impl<T> std::ops::Deref for Lines<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.storage[self.start..]
+    }
+}
+
+impl<T> std::ops::DerefMut for Lines<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.storage[self.start..]
+    }
+}
+
+impl std::fmt::Debug for Matrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Matrix [{}, {}]", self.inputs, self.outputs)
+    }
+}
+
+/// What products write on their way, kept so that a step allocates nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Workspace {
+    /// Rows side by side: `[block][inputs][rows of the block]`.
+    rows: Vec<f32>,
+    /// Products by panel, `[panel][rows][32]`.
+    panels: Vec<f32>,
+}
+
+impl Matrix {
+    /// A matrix whose columns are those of `parts`, each `[inputs, its columns]` by rows.
+    pub(crate) fn from_columns(inputs: usize, parts: &[Vec<f32>]) -> Self {
+        let widths: Vec<usize> = parts.iter().map(|part| part.len() / inputs).collect();
+        let outputs = widths.iter().sum();
+        let stride = stride(inputs);
+        let mut panels = zeros(inputs, outputs);
+        let mut first = 0;
+        for (part, &width) in parts.iter().zip(&widths) {
+            let mut done = 0;
+            while done < width {
+                let (panel, lane) = ((first + done) / PANEL, (first + done) % PANEL);
+                let count = (PANEL - lane).min(width - done);
+                for (input, row) in part.chunks_exact(width).enumerate() {
+                    panels[panel * stride + input * PANEL + lane..][..count]
+                        .copy_from_slice(&row[done..done + count]);
+                }
+                done += count;
+            }
+            first += width;
+        }
+        Self::new(panels, inputs, outputs)
+    }
+
+    /// The transpose of `rows`, `[outputs, inputs]`.
+    pub(crate) fn from_rows(inputs: usize, rows: &[f32]) -> Self {
+        let outputs = rows.len() / inputs;
+        let mut panels = zeros(inputs, outputs);
+        panels
+            .par_chunks_mut(stride(inputs))
+            .zip(rows.par_chunks(PANEL * inputs))
+            .for_each(|(panel, rows)| {
+                for (lane, row) in rows.chunks_exact(inputs).enumerate() {
+                    for (weights, &weight) in panel.chunks_exact_mut(PANEL).zip(row) {
+                        weights[lane] = weight;
+                    }
+                }
+            });
+        Self::new(panels, inputs, outputs)
+    }
+
+    fn new(panels: Lines<f32>, inputs: usize, outputs: usize) -> Self {
+        let halves = panels
+            .par_iter()
+            .all(|weight| weight.to_bits() & LOWER == 0);
+        let panels = if halves {
+            let mut words = Lines::zeros(panels.len() / 2);
+            words
+                .par_chunks_exact_mut(PANEL / 2)
+                .zip(panels.par_chunks_exact(PANEL))
+                .for_each(|(words, weights)| {
+                    let (first, second) = weights.split_at(PANEL / 2);
+                    for ((word, first), second) in words.iter_mut().zip(first).zip(second) {
+                        *word = first.to_bits() >> 16 | second.to_bits();
+                    }
+                });
+            Panels::Bf16(words)
+        } else {
+            Panels::Full(panels)
+        };
+        Self {
+            panels,
+            inputs,
+            outputs,
+        }
+    }
+
+    /// Writes the products of the rows of `x`, `[rows, inputs]`, to `out`, `[rows, outputs]`.
+    pub(crate) fn multiply(&self, x: &[f32], out: &mut Vec<f32>, work: &mut Workspace) {
+        let rows = x.len() / self.inputs;
+        let block = Arch::new().dispatch(BlockRows);
+        pack(x, self.inputs, block, &mut work.rows);
+        // One row by panels is the row itself.
+        let products = if rows == 1 {
+            &mut *out
+        } else {
+            &mut work.panels
+        };
+        products.resize(self.outputs.next_multiple_of(PANEL) * rows, 0.0);
+        match &self.panels {
+            Panels::Full(panels) => self.products(panels, rows, block, &work.rows, products),
+            Panels::Bf16(panels) => self.products(panels, rows, block, &work.rows, products),
+        }
+        if rows == 1 {
+            out.truncate(self.outputs);
+            return;
+        }
+        out.resize(rows * self.outputs, 0.0);
+        for (row, out) in out.chunks_exact_mut(self.outputs).enumerate() {
+            let lanes = work.panels.chunks_exact(PANEL).skip(row).step_by(rows);
+            for (out, lanes) in out.chunks_mut(PANEL).zip(lanes) {
+                out.copy_from_slice(&lanes[..out.len()]);
+            }
+        }
+    }
+
+    /// Products of all panels, `[panel][rows][32]`, with rows that lie in blocks.
+    fn products<W: Weights>(
+        &self,
+        panels: &[W],
+        n_rows: usize,
+        block: usize,
+        rows: &[f32],
+        products: &mut [f32],
+    ) {
+        let arch = Arch::new();
+        let padded = self.inputs.next_multiple_of(UNROLL);
+        let run = |panels: &[W], products: &mut [f32]| {
+            arch.dispatch(Products {
+                panels,
+                padded,
+                rows,
+                n_rows,
+                block,
+                products,
+            });
+        };
+        let stride = padded * W::PER_INPUT;
+        if n_rows * padded * self.outputs <= WORTH_SHARING {
+            run(panels, products);
+        } else {
+            let share = (TASK_WEIGHTS / (padded * PANEL)).max(1);
+            products
+                .par_chunks_mut(share * n_rows * PANEL)
+                .zip(panels.par_chunks(share * stride))
+                .for_each(|(products, panels)| run(panels, products));
+        }
+    }
+}
+
+/// Floats of a panel.
+fn stride(inputs: usize) -> usize {
+    inputs.next_multiple_of(UNROLL) * PANEL
+}
+
+fn zeros(inputs: usize, outputs: usize) -> Lines<f32> {
+    Lines::zeros(stride(inputs) * outputs.div_ceil(PANEL))
+}
+
+/// Lays blocks of rows side by side, input by input, padded as the panels are.
+fn pack(x: &[f32], inputs: usize, block: usize, packed: &mut Vec<f32>) {
+    let padded = inputs.next_multiple_of(UNROLL);
+    packed.clear();
+    packed.resize(x.len() / inputs * padded, 0.0);
+    let blocks = packed.chunks_mut(block * padded);
+    for (packed, x) in blocks.zip(x.chunks(block * inputs)) {
+        let rows = x.len() / inputs;
+        if rows == 1 {
+            packed[..inputs].copy_from_slice(x);
+            continue;
+        }
+        for (row, x) in x.chunks_exact(inputs).enumerate() {
+            for (packed, &x) in packed.chunks_exact_mut(rows).zip(x) {
+                packed[row] = x;
+            }
+        }
+    }
+}
+
+/// How many rows' sums fit into the registers beside a panel's 32 outputs.
+struct BlockRows;
+
+impl WithSimd for BlockRows {
+    type Output = usize;
+
+    fn with_simd<S: Simd>(self, _simd: S) -> usize {
+        match S::F32_LANES {
+            16 => 8,
+            8 => 3,
+            _ => 2,
+        }
+    }
+}
+
+/// How the weights of a panel are kept.
+trait Weights: Copy + Sync {
+    /// Words for a panel's weights of one input.
+    const PER_INPUT: usize;
+
+    /// A panel's weights of one input in `V` registers.
+    fn load<S: Simd, const V: usize>(simd: S, words: &[Self]) -> [S::f32s; V];
+}
+
+impl Weights for f32 {
+    const PER_INPUT: usize = PANEL;
+
+    #[inline(always)]
+    fn load<S: Simd, const V: usize>(_simd: S, words: &[Self]) -> [S::f32s; V] {
+        let (words, _) = S::as_simd_f32s(words);
+        std::array::from_fn(|register| words[register])
+    }
+}
+
+impl Weights for u32 {
+    const PER_INPUT: usize = PANEL / 2;
+
+    #[inline(always)]
+    fn load<S: Simd, const V: usize>(simd: S, words: &[Self]) -> [S::f32s; V] {
+        let (words, _) = S::as_simd_u32s(words);
+        std::array::from_fn(|register| {
+            simd.transmute_f32s_u32s(if register < V / 2 {
+                simd.wrapping_dyn_shl_u32s(words[register], simd.splat_u32s(16))
+            } else {
+                simd.and_u32s(words[register - V / 2], simd.splat_u32s(!LOWER))
+            })
+        })
+    }
+}
+
+/// Products of some panels with all rows.
+struct Products<'a, W> {
+    panels: &'a [W],
+    /// Inputs of a panel.
+    padded: usize,
+    rows: &'a [f32],
+    n_rows: usize,
+    block: usize,
+    products: &'a mut [f32],
+}
+
+impl<W: Weights> WithSimd for Products<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let panels = self.panels.chunks_exact(self.padded * W::PER_INPUT);
+        let products = self.products.chunks_exact_mut(self.n_rows * PANEL);
+        for (panel, products) in panels.zip(products) {
+            let blocks = self.rows.chunks(self.block * self.padded);
+            for (rows, out) in blocks.zip(products.chunks_mut(self.block * PANEL)) {
+                // Registers that 32 outputs take.
+                match S::F32_LANES {
+                    16 => by_rows::<S, W, 2>(simd, panel, rows, out),
+                    8 => by_rows::<S, W, 4>(simd, panel, rows, out),
+                    4 => by_rows::<S, W, 8>(simd, panel, rows, out),
+                    _ => by_rows::<S, W, PANEL>(simd, panel, rows, out),
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn by_rows<S: Simd, W: Weights, const V: usize>(
+    simd: S,
+    panel: &[W],
+    rows: &[f32],
+    out: &mut [f32],
+) {
+    match out.len() / PANEL {
+        1 => product::<S, W, V, 1, 4>(simd, panel, rows, out),
+        2 => product::<S, W, V, 2, 2>(simd, panel, rows, out),
+        3 => product::<S, W, V, 3, 1>(simd, panel, rows, out),
+        4 => product::<S, W, V, 4, 1>(simd, panel, rows, out),
+        5 => product::<S, W, V, 5, 1>(simd, panel, rows, out),
+        6 => product::<S, W, V, 6, 1>(simd, panel, rows, out),
+        7 => product::<S, W, V, 7, 1>(simd, panel, rows, out),
+        _ => product::<S, W, V, 8, 1>(simd, panel, rows, out),
+    }
+}
+
+/// `R` rows with one panel of `V` registers, `U` inputs at a time: enough sums side by side that
+/// none waits for its last addition.
+#[inline(always)]
+fn product<S: Simd, W: Weights, const V: usize, const R: usize, const U: usize>(
+    simd: S,
+    panel: &[W],
+    rows: &[f32],
+    out: &mut [f32],
+) {
+    let mut sums = [[[simd.splat_f32s(0.0); V]; R]; U];
+    let panel = panel.chunks_exact(U * W::PER_INPUT);
+    for (words, rows) in panel.zip(rows.chunks_exact(U * R)) {
+        let inputs = words.chunks_exact(W::PER_INPUT).zip(rows.chunks_exact(R));
+        for (sums, (words, rows)) in sums.iter_mut().zip(inputs) {
+            let weights = W::load::<S, V>(simd, words);
+            for (sums, &x) in sums.iter_mut().zip(rows) {
+                let x = simd.splat_f32s(x);
+                for (sum, &weight) in sums.iter_mut().zip(&weights) {
+                    *sum = simd.mul_add_f32s(weight, x, *sum);
+                }
+            }
+        }
+    }
+    for (row, out) in out.chunks_exact_mut(PANEL).enumerate() {
+        let (out, _) = S::as_mut_simd_f32s(out);
+        for (register, out) in out.iter_mut().enumerate() {
+            let mut total = sums[0][row][register];
+            for sums in &sums[1..] {
+                total = simd.add_f32s(total, sums[row][register]);
+            }
+            *out = total;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sums of up to 70 products of numbers below 1, in f32 against f64.
+    const SUM_TOLERANCE: f64 = 1e-5;
+
+    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+        let next = |i: usize| ((i as u64 + 1) * (seed * 2 + 1) * 2_654_435_761) % 2001;
+        (0..count).map(|i| next(i) as f32 / 1000.0 - 1.0).collect()
+    }
+
+    #[test]
+    fn products_of_odd_sizes_equal_sums_in_double() {
+        let sizes = [(1, 1), (3, 31), (16, 32), (70, 33), (64, 300)];
+        for ((inputs, outputs), halves) in sizes.into_iter().flat_map(|s| [(s, false), (s, true)]) {
+            let mut weights = numbers(inputs * outputs, 3);
+            if halves {
+                for weight in &mut weights {
+                    *weight = f32::from_bits(weight.to_bits() & !LOWER);
+                }
+            }
+            let split = outputs / 3 * inputs;
+            let columns = |from: usize, to: usize| -> Vec<f32> {
+                (0..inputs)
+                    .flat_map(|i| weights[i * outputs + from..i * outputs + to].to_vec())
+                    .collect()
+            };
+            let at = split / inputs;
+            let parts: Vec<Vec<f32>> = [columns(0, at), columns(at, outputs)]
+                .into_iter()
+                .filter(|part| !part.is_empty())
+                .collect();
+            let transposed: Vec<f32> = (0..outputs)
+                .flat_map(|o| weights.iter().skip(o).step_by(outputs).copied())
+                .collect();
+            let matrices = [
+                Matrix::from_columns(inputs, &parts),
+                Matrix::from_rows(inputs, &transposed),
+            ];
+            for matrix in &matrices {
+                assert_eq!(matches!(matrix.panels, Panels::Bf16(_)), halves);
+            }
+            for rows in [1, 2, 3, 5, 8, 9, 17, 40] {
+                let x = numbers(rows * inputs, 7);
+                for matrix in &matrices {
+                    // What an earlier product left behind does not matter.
+                    let mut work = Workspace {
+                        rows: vec![5.0; 7],
+                        panels: vec![f32::NAN; 99],
+                    };
+                    let mut out = vec![f32::NAN; 3];
+                    matrix.multiply(&x, &mut out, &mut work);
+                    assert_eq!(out.len(), rows * outputs);
+                    for (index, &got) in out.iter().enumerate() {
+                        let (row, output) = (index / outputs, index % outputs);
+                        let expected: f64 = (0..inputs)
+                            .map(|i| {
+                                f64::from(x[row * inputs + i])
+                                    * f64::from(weights[i * outputs + output])
+                            })
+                            .sum();
+                        let difference = (f64::from(got) - expected).abs();
+                        assert!(
+                            difference < SUM_TOLERANCE,
+                            "[{rows}, {inputs}] x [{inputs}, {outputs}]: {difference:e}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
