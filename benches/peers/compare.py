@@ -262,9 +262,10 @@ def decode_tables(cases):
                      spread([a / b for a, b in zip(ours, theirs)]), same, megabytes(case, "r2q"),
                      megabytes(case, "transformers")])
         if case["case"].startswith("greedy, batch 1") and case["tokens"] == NEW_TOKENS:
-            read = case["programs"]["r2q"]["bytes_per_token"]
+            facts = case["programs"]["r2q"]
             memory = ceiling(case, "r2q", "read_gb_per_s")
-            for who, rates in (("r2q", ours), ("transformers", theirs)):
+            for who, rates, read in (("r2q", ours, facts["bytes_per_token"]),
+                                     ("transformers", theirs, 4 * facts["weights_per_token"])):
                 shares = [100 * rate * read / 1e9 / limit for rate, limit in zip(rates, memory)]
                 reading.append([case["model"], who, f"{read / 1e6:,.1f}", spread(memory), spread(shares)])
     yield table(["model", "case", "r2q, tokens/s", "transformers, tokens/s", "ratio", "same texts", "r2q, peak MB",

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use lm::{Decoding, Generate, PrefixCache, Transformer};
+use lm::{Decoder, Decoding, Generate, PrefixCache, Transformer};
 use search::{
     BeamConfig, Leaf, MctsConfig, NodeId, PrefixModel, PrefixTree, Request, Rows, SearchError,
     SearchOutput, beam_search, mcts,
@@ -53,15 +53,42 @@ pub(crate) struct TreeSearch {
 
 pub(crate) fn serve(case: &Decode) -> anyhow::Result<()> {
     let (model, prompts) = case.task.read()?;
-    crate::serve(&facts(&model), case.task.warm_up, || {
-        let began = Instant::now();
-        let ids = if case.beams == 1 {
-            greedy(&model, &prompts, case.task.new_tokens)?
-        } else {
-            let each = prompts.iter();
-            each.map(|prompt| beams(&model, prompt, case.task.new_tokens, case.beams))
-                .collect::<Result<_, _>>()?
+    if case.beams == 1 {
+        let decoder = Decoder::new(&model);
+        let options = Generate {
+            max_new_tokens: case.task.new_tokens,
+            eos_ids: vec![],
+            decoding: Decoding::Greedy,
+            seed: 0,
         };
+        return serve_texts(case, &model, || {
+            let texts = decoder.generate(&prompts, &options)?;
+            Ok(texts.into_iter().map(|text| text.ids).collect())
+        });
+    }
+    let mut cache = PrefixCache::new(&model);
+    let config = BeamConfig {
+        width: case.beams,
+        ..BeamConfig::default()
+    };
+    serve_texts(case, &model, || {
+        let each = prompts.iter();
+        each.map(|prompt| {
+            let request = Request::new(&prompt[..], [], case.task.new_tokens);
+            Ok(tokens(&beam_search(&mut cache, &request, &config)?))
+        })
+        .collect()
+    })
+}
+
+fn serve_texts(
+    case: &Decode,
+    model: &Transformer,
+    mut texts: impl FnMut() -> anyhow::Result<Vec<Vec<u32>>>,
+) -> anyhow::Result<()> {
+    crate::serve(&facts(model), case.task.warm_up, || {
+        let began = Instant::now();
+        let ids = texts()?;
         Ok(json!({ "seconds": began.elapsed().as_secs_f64(), "ids": ids }))
     })
 }
@@ -73,11 +100,12 @@ pub(crate) fn serve_tree_search(case: &TreeSearch) -> anyhow::Result<()> {
         batch: case.batch,
         ..MctsConfig::default()
     };
+    let mut timed = Timed {
+        model: PrefixCache::new(&model),
+        inside: Duration::ZERO,
+    };
     crate::serve(&facts(&model), case.task.warm_up, || {
-        let mut timed = Timed {
-            model: PrefixCache::new(&model),
-            inside: Duration::ZERO,
-        };
+        timed.inside = Duration::ZERO;
         let began = Instant::now();
         let mut expanded = 0;
         let mut ids = Vec::new();
@@ -108,49 +136,22 @@ pub(crate) fn read_model(folder: &Path) -> anyhow::Result<Transformer> {
     Ok(Transformer::read(folder, &trainer::device("cpu")?)?)
 }
 
-/// Size of the model, and bytes that a token cannot be computed without reading: every weight in
-/// f32 but an embedding table that is only looked up.
+/// Weights that a token cannot be computed without reading, which is all but an embedding table
+/// that is only looked up, and their bytes: two for those of a matrix that bf16 holds, as decoding
+/// keeps them, and four for others.
 fn facts(model: &Transformer) -> Value {
-    let config = model.config();
-    let looked_up = if config.tied {
-        0
-    } else {
-        config.vocab_size * config.hidden_size
-    };
-    json!({
-        "parameters": config.n_parameters(),
-        "bytes_per_token": size_of::<f32>() * (config.n_parameters() - looked_up),
-    })
-}
-
-fn greedy(
-    model: &Transformer,
-    prompts: &[Vec<u32>],
-    new_tokens: usize,
-) -> anyhow::Result<Vec<Vec<u32>>> {
-    let options = Generate {
-        max_new_tokens: new_tokens,
-        eos_ids: vec![],
-        decoding: Decoding::Greedy,
-        seed: 0,
-    };
-    let texts = model.generate(prompts, &options)?;
-    Ok(texts.into_iter().map(|text| text.ids).collect())
-}
-
-fn beams(
-    model: &Transformer,
-    prompt: &[u32],
-    new_tokens: usize,
-    width: usize,
-) -> anyhow::Result<Vec<u32>> {
-    let config = BeamConfig {
-        width,
-        ..BeamConfig::default()
-    };
-    let request = Request::new(prompt, [], new_tokens);
-    let output = beam_search(&mut PrefixCache::new(model), &request, &config)?;
-    Ok(tokens(&output))
+    let looked_up = |name: &str| !model.config().tied && name.contains("embed_tokens");
+    let (mut weights, mut bytes) = (0, 0);
+    for (_, tensor) in model.to_host().iter().filter(|(name, _)| !looked_up(name)) {
+        let halves = tensor.shape.len() == 2
+            && tensor
+                .values
+                .iter()
+                .all(|weight| weight.to_bits() & 0xffff == 0);
+        weights += tensor.values.len();
+        bytes += tensor.values.len() * if halves { 2 } else { 4 };
+    }
+    json!({ "weights_per_token": weights, "bytes_per_token": bytes })
 }
 
 fn tokens(output: &SearchOutput) -> Vec<u32> {
