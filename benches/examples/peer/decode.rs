@@ -140,7 +140,12 @@ pub(crate) fn read_model(folder: &Path) -> anyhow::Result<Transformer> {
 /// that is only looked up, and their bytes: two for those of a matrix that bf16 holds, as decoding
 /// keeps them, and four for others.
 fn facts(model: &Transformer) -> Value {
-    let looked_up = |name: &str| !model.config().tied && name.contains("embed_tokens");
+    let table = |name: &str| {
+        ["embed_tokens", "embed_in"]
+            .iter()
+            .any(|part| name.contains(part))
+    };
+    let looked_up = |name: &str| !model.config().tied && table(name);
     let (mut weights, mut bytes) = (0, 0);
     for (_, tensor) in model.to_host().iter().filter(|(name, _)| !looked_up(name)) {
         let halves = tensor.shape.len() == 2
