@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use trainer::Recipe;
 use trainer::reproduce::Target;
+use trainer::reproduce::beam::{self, BeamOptions};
 use trainer::reproduce::credit::{self, CreditOptions};
 use trainer::reproduce::curves::{self, CurvesOptions};
 use trainer::reproduce::identification::{self, IdentificationOptions};
@@ -22,6 +23,8 @@ enum Experiment {
     Credit(CreditArgs),
     /// Where do the rewards of chosen and rejected completions go, from which reference?
     Curves(CurvesArgs),
+    /// Does a search by likelihood find better completions, and do wider beams write longer ones?
+    Beam(BeamArgs),
     /// How close does the learned advantage come to the exact one as labels grow in number?
     Identification(IdentificationArgs),
 }
@@ -77,6 +80,37 @@ struct CurvesArgs {
 }
 
 #[derive(Debug, Args)]
+struct BeamArgs {
+    /// Folder to write into; seeds that are done there are not repeated.
+    #[arg(long, value_name = "DIR", default_value = "runs/reproduce-beam")]
+    out: PathBuf,
+    /// Seeds, with commas [default: 1,2,3].
+    #[arg(long, value_delimiter = ',', value_name = "N,N,...")]
+    seeds: Vec<u64>,
+    /// Strengths of the divergence, in reward units a nat, with commas [default: 0.3,1,3].
+    #[arg(long, value_delimiter = ',', value_name = "X,X,...")]
+    betas: Vec<f64>,
+    /// Widths of beams, rising, and numbers of draws, with commas [default: 2,5,10,20].
+    #[arg(long, value_delimiter = ',', value_name = "N,N,...")]
+    widths: Vec<usize>,
+    /// Another recipe: the embedded task with both stages.
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+    /// Held-out prompts of a seed.
+    #[arg(long, value_name = "N")]
+    prompts: Option<usize>,
+    /// Tokens that the search for the likeliest completion of a prompt computes at the most.
+    #[arg(long, value_name = "N")]
+    map_states: Option<usize>,
+    /// Simulations of the tree search for each token.
+    #[arg(long, value_name = "N")]
+    simulations: Option<usize>,
+    /// Where to compute: cpu, wgpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
+#[derive(Debug, Args)]
 struct IdentificationArgs {
     /// Folder to write into; seeds that are done there are not repeated.
     #[arg(
@@ -107,6 +141,7 @@ impl ReproduceArgs {
         match &self.experiment {
             Experiment::Credit(args) => args.run(command),
             Experiment::Curves(args) => args.run(command),
+            Experiment::Beam(args) => args.run(command),
             Experiment::Identification(args) => args.run(command),
         }
     }
@@ -148,6 +183,31 @@ impl CurvesArgs {
         options.fit_examples = self.fit_examples.unwrap_or(options.fit_examples);
         options.evaluations = self.evaluations.unwrap_or(options.evaluations);
         say(&curves::run(&options)?.targets, &options.out);
+        Ok(())
+    }
+}
+
+impl BeamArgs {
+    fn run(&self, command: String) -> anyhow::Result<()> {
+        let mut options = BeamOptions::standard(self.out.clone())?;
+        options.command = command;
+        options.device.clone_from(&self.device);
+        if let Some(path) = &self.recipe {
+            options.recipe = Recipe::read(path)?;
+        }
+        if !self.seeds.is_empty() {
+            options.seeds.clone_from(&self.seeds);
+        }
+        if !self.betas.is_empty() {
+            options.betas.clone_from(&self.betas);
+        }
+        if !self.widths.is_empty() {
+            options.widths.clone_from(&self.widths);
+        }
+        options.prompts = self.prompts.unwrap_or(options.prompts);
+        options.map_states = self.map_states.unwrap_or(options.map_states);
+        options.simulations = self.simulations.unwrap_or(options.simulations);
+        say(&beam::run(&options)?.targets, &options.out);
         Ok(())
     }
 }

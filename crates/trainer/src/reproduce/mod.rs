@@ -3,6 +3,7 @@
 //! Each runs over several seeds, writes `results.json` and a page, and says of every target
 //! whether it was reached.
 
+pub mod beam;
 pub mod credit;
 pub mod curves;
 mod fit;
