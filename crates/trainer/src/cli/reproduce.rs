@@ -71,7 +71,7 @@ struct CurvesArgs {
     /// Chosen completions, beside the pairs' own, for the fit that the bound is drawn by.
     #[arg(long, value_name = "N")]
     fit_examples: Option<usize>,
-    /// How often a policy is looked at while it trains [default: 6].
+    /// How often a policy is looked at while it trains [default: 4].
     #[arg(long, value_name = "N")]
     evaluations: Option<usize>,
     /// Where to compute: cpu, wgpu, cuda or cuda:N.

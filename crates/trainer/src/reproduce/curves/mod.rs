@@ -69,7 +69,7 @@ impl CurvesOptions {
             seeds: vec![1, 2, 3],
             betas: vec![0.3, 1.0, 3.0],
             fit_examples: 12_000,
-            evaluations: 6,
+            evaluations: 4,
             out,
             device: "cpu".into(),
             command: "cargo xtask reproduce curves".into(),
