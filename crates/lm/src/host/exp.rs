@@ -1,5 +1,7 @@
 //! The exponential of many numbers at once.
 
+use pulp::{Arch, Simd, WithSimd};
+
 /// `exp(x)` in f32, to within a unit in the last place; 0 below -87.
 ///
 /// Branchless, so that a loop over it is vectorised. `x = n ln 2 + f` with `|f| <= ln 2 / 2`, and a
@@ -37,7 +39,19 @@ const BLOCK: usize = 1024;
 
 /// `ln Σ exp(x)` of a row of logits, in nats.
 pub(crate) fn log_sum_exp(row: &[f32]) -> f64 {
-    pulp::Arch::new().dispatch(|| {
+    Arch::new().dispatch(LogSumExp(row))
+}
+
+/// A type of its own, since a closure is compiled for the plainest processor, where every fused
+/// multiplication is a call.
+struct LogSumExp<'a>(&'a [f32]);
+
+impl WithSimd for LogSumExp<'_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _simd: S) -> f64 {
+        let row = self.0;
         let mut highest = [f32::NEG_INFINITY; 16];
         let chunks = row.chunks_exact(16);
         let rest = chunks.remainder();
@@ -52,8 +66,9 @@ pub(crate) fn log_sum_exp(row: &[f32]) -> f64 {
         for block in row.chunks(BLOCK) {
             let mut sums = [0.0_f32; 16];
             let chunks = block.chunks_exact(16);
-            let rest = chunks.remainder().iter();
-            total += rest.map(|&x| f64::from(exp(x - largest))).sum::<f64>();
+            for &x in chunks.remainder() {
+                total += f64::from(exp(x - largest));
+            }
             for chunk in chunks {
                 for (sum, &x) in sums.iter_mut().zip(chunk) {
                     *sum += exp(x - largest);
@@ -62,7 +77,7 @@ pub(crate) fn log_sum_exp(row: &[f32]) -> f64 {
             total += sums.iter().map(|&sum| f64::from(sum)).sum::<f64>();
         }
         f64::from(largest) + total.ln()
-    })
+    }
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ const LINE: usize = 16;
 /// The bits of an f32 that bf16 has not.
 const LOWER: u32 = 0xffff;
 /// Multiplications and additions that one core does while two cores agree on who does what.
-const WORTH_SHARING: usize = 1 << 16;
+pub(super) const WORTH_SHARING: usize = 1 << 16;
 /// Weights of one task where work is shared: few enough that the cores end together.
 const TASK_WEIGHTS: usize = 1 << 15;
 

@@ -13,6 +13,7 @@ mod matrix;
 mod pool;
 
 use burn::tensor::Tensor;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use self::attention::Heads;
@@ -118,6 +119,19 @@ impl HostModel {
         &self.config
     }
 
+    /// Runs `work` on `rows` rows by a thread of rayon's pool, if there is something to share.
+    ///
+    /// From outside, every shared product would hand itself to the pool and sleep until it is done,
+    /// some thirty times a step.
+    fn in_pool<T: Send>(&self, rows: usize, work: impl FnOnce() -> T + Send) -> T {
+        let weights = self.config.hidden_size * self.config.intermediate_size;
+        if rows * weights <= matrix::WORTH_SHARING {
+            work()
+        } else {
+            rayon::scope(|_| work())
+        }
+    }
+
     /// Reads new tokens, whose keys and values go to the last slots of their paths; leaves their
     /// hidden states in `scratch`.
     pub(crate) fn read(
@@ -127,6 +141,10 @@ impl HostModel {
         pool: &mut Pool,
         scratch: &mut Scratch,
     ) {
+        self.in_pool(tokens.len(), || self.blocks(tokens, paths, pool, scratch));
+    }
+
+    fn blocks(&self, tokens: &[NewToken], paths: &[u32], pool: &mut Pool, scratch: &mut Scratch) {
         let config = &self.config;
         let heads = Heads {
             n_kv: config.n_kv_heads,
@@ -156,30 +174,38 @@ impl HostModel {
         let scale = 1.0 / (config.head_dim as f32).sqrt();
         let (queries, width) = (config.n_heads * config.head_dim, pool.width());
         let stride = queries + 2 * width;
+        let arch = Arch::new();
         for (layer, block) in self.blocks.iter().enumerate() {
             block.attn_norm.apply(x, normed);
             block.qkv.apply(normed, qkv, work);
             let layer = pool.layer(layer);
             for (row, qkv) in qkv.chunks_exact_mut(stride).enumerate() {
-                let (query, rest) = qkv.split_at_mut(queries);
-                let (key, value) = rest.split_at_mut(width);
-                if let (Some(query_norm), Some(key_norm)) = (&block.query_norm, &block.key_norm) {
-                    let eps = config.norm_eps as f32;
-                    rms_norm_heads(query, query_norm, eps);
-                    rms_norm_heads(key, key_norm, eps);
-                }
-                if let Some(rope) = config.rope {
-                    let half = rope.dims / 2;
-                    let turns = &turns[row * half..][..half];
-                    turn(query, turns, config.head_dim);
-                    turn(key, turns, config.head_dim);
-                }
-                for query in query {
-                    *query *= scale;
-                }
-                let place = slots[row] * width..(slots[row] + 1) * width;
-                layer.keys[place.clone()].copy_from_slice(key);
-                layer.values[place].copy_from_slice(value);
+                arch.dispatch(
+                    #[inline(always)]
+                    || {
+                        let (query, rest) = qkv.split_at_mut(queries);
+                        let (key, value) = rest.split_at_mut(width);
+                        if let (Some(query_norm), Some(key_norm)) =
+                            (&block.query_norm, &block.key_norm)
+                        {
+                            let eps = config.norm_eps as f32;
+                            rms_norm_heads(query, query_norm, eps);
+                            rms_norm_heads(key, key_norm, eps);
+                        }
+                        if let Some(rope) = config.rope {
+                            let half = rope.dims / 2;
+                            let turns = &turns[row * half..][..half];
+                            turn(query, turns, config.head_dim);
+                            turn(key, turns, config.head_dim);
+                        }
+                        for query in query {
+                            *query *= scale;
+                        }
+                        let place = slots[row] * width..(slots[row] + 1) * width;
+                        layer.keys[place.clone()].copy_from_slice(key);
+                        layer.values[place].copy_from_slice(value);
+                    },
+                );
             }
             mixed.resize(tokens.len() * queries, 0.0);
             attention::attend(qkv, stride, heads, layer, path, mixed);
@@ -216,10 +242,12 @@ impl HostModel {
     /// Logits, `[rows, vocab]`, behind outputs of the last block, `[rows, hidden]`.
     pub(crate) fn head(&self, hidden: &[f32], scratch: &mut Scratch) -> Vec<f32> {
         let Scratch { work, normed, .. } = scratch;
-        self.norm.apply(hidden, normed);
-        let mut logits = Vec::new();
-        self.head.multiply(normed, &mut logits, work);
-        logits
+        self.in_pool(hidden.len() / self.config.hidden_size, || {
+            self.norm.apply(hidden, normed);
+            let mut logits = Vec::new();
+            self.head.multiply(normed, &mut logits, work);
+            logits
+        })
     }
 
     fn embed(&self, tokens: &[NewToken], x: &mut Vec<f32>) {
@@ -299,22 +327,28 @@ impl HostNorm {
         let width = self.weight.len();
         out.clear();
         out.extend_from_slice(x);
-        for row in out.chunks_exact_mut(width) {
-            if let Some(bias) = &self.bias {
-                let mean = sum(row) / width as f32;
-                for x in row.iter_mut() {
-                    *x -= mean;
+        Arch::new().dispatch(
+            #[inline(always)]
+            || {
+                for row in out.chunks_exact_mut(width) {
+                    if let Some(bias) = &self.bias {
+                        let mean = sum(row) / width as f32;
+                        for x in row.iter_mut() {
+                            *x -= mean;
+                        }
+                        rms_norm_heads(row, &self.weight, self.eps);
+                        add(row, bias);
+                    } else {
+                        rms_norm_heads(row, &self.weight, self.eps);
+                    }
                 }
-                rms_norm_heads(row, &self.weight, self.eps);
-                add(row, bias);
-            } else {
-                rms_norm_heads(row, &self.weight, self.eps);
-            }
-        }
+            },
+        );
     }
 }
 
 /// The sum of a row, in a few sums side by side.
+#[inline(always)]
 fn sum(x: &[f32]) -> f32 {
     let mut sums = [0.0; 16];
     let chunks = x.chunks_exact(16);
@@ -328,6 +362,7 @@ fn sum(x: &[f32]) -> f32 {
 }
 
 /// Normalises every stretch of `x` that is as long as `weight` by its root mean square.
+#[inline(always)]
 fn rms_norm_heads(x: &mut [f32], weight: &[f32], eps: f32) {
     for x in x.chunks_exact_mut(weight.len()) {
         let mut squares = [0.0_f32; 16];
@@ -346,6 +381,7 @@ fn rms_norm_heads(x: &mut [f32], weight: &[f32], eps: f32) {
     }
 }
 
+#[inline(always)]
 fn add(x: &mut [f32], change: &[f32]) {
     for (x, change) in x.iter_mut().zip(change) {
         *x += change;
@@ -362,6 +398,7 @@ fn angles(rope: Rope, position: usize) -> impl Iterator<Item = (f32, f32)> {
 }
 
 /// Turns the first dimensions of each head: the first half of them against the second.
+#[inline(always)]
 fn turn(x: &mut [f32], turns: &[(f32, f32)], head_dim: usize) {
     let half = turns.len();
     for head in x.chunks_exact_mut(head_dim) {
@@ -375,7 +412,7 @@ fn turn(x: &mut [f32], turns: &[(f32, f32)], head_dim: usize) {
 /// The feed-forward part's nonlinearity, `[rows, intermediate]` in the end.
 fn activate(inner: &mut Vec<f32>, config: &ModelConfig) {
     let width = config.intermediate_size;
-    let arch = pulp::Arch::new();
+    let arch = Arch::new();
     let share = |inner: &mut [f32], row: usize, one: &(dyn Fn(&mut [f32]) + Sync)| {
         if inner.len() <= WORTH_SHARING {
             inner.chunks_exact_mut(row).for_each(one);
@@ -387,11 +424,7 @@ fn activate(inner: &mut Vec<f32>, config: &ModelConfig) {
         MlpKind::SwiGlu => {
             share(inner, 2 * width, &|row| {
                 let (gate, up) = row.split_at_mut(width);
-                arch.dispatch(|| {
-                    for (gate, up) in gate.iter_mut().zip(up.iter()) {
-                        *gate = *gate / (1.0 + exp(-*gate)) * *up;
-                    }
-                });
+                arch.dispatch(SwiGlu { gate, up });
             });
             // The gated rows close up.
             let rows = inner.len() / (2 * width);
@@ -400,21 +433,46 @@ fn activate(inner: &mut Vec<f32>, config: &ModelConfig) {
             }
             inner.truncate(rows * width);
         }
-        MlpKind::GeluTanh => share(inner, width, &|row| {
-            // `(1 + tanh(z)) / 2 = 1 / (1 + exp(-2z))`
-            let root = std::f32::consts::FRAC_2_PI.sqrt();
-            arch.dispatch(|| {
-                for x in row.iter_mut() {
-                    let z = root * (*x + 0.044_715 * *x * *x * *x);
-                    *x /= 1.0 + exp(-2.0 * z);
-                }
-            });
-        }),
+        MlpKind::GeluTanh => share(inner, width, &|row| arch.dispatch(GeluTanh(row))),
         MlpKind::Gelu => share(inner, width, &|row| {
             for x in row {
                 *x = 0.5 * *x * (1.0 + libm::erff(*x * std::f32::consts::FRAC_1_SQRT_2));
             }
         }),
+    }
+}
+
+/// `silu(gate) * up` in the place of `gate`.
+struct SwiGlu<'a> {
+    gate: &'a mut [f32],
+    up: &'a [f32],
+}
+
+impl WithSimd for SwiGlu<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _simd: S) {
+        for (gate, up) in self.gate.iter_mut().zip(self.up) {
+            *gate = *gate / (1.0 + exp(-*gate)) * *up;
+        }
+    }
+}
+
+/// GELU as GPT-2 has it.
+struct GeluTanh<'a>(&'a mut [f32]);
+
+impl WithSimd for GeluTanh<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _simd: S) {
+        // `(1 + tanh(z)) / 2 = 1 / (1 + exp(-2z))`
+        let root = std::f32::consts::FRAC_2_PI.sqrt();
+        for x in self.0 {
+            let z = root * (*x + 0.044_715 * *x * *x * *x);
+            *x /= 1.0 + exp(-2.0 * z);
+        }
     }
 }
 

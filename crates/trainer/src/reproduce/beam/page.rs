@@ -36,6 +36,14 @@ const COLUMNS: [(&str, &str); 10] = [
     ("certified", "Proven"),
 ];
 
+/// What is drawn over the width: key, name, unit.
+const METRICS: [(&str, &str, &str); 4] = [
+    ("true_reward", "True reward", "reward units"),
+    ("implicit_reward", "Implicit reward", "reward units"),
+    ("tokens", "Length", "tokens"),
+    ("wins_greedy", "Wins over greedy", "fraction"),
+];
+
 pub(super) fn page(results: &BeamResults) -> String {
     let seeds: Vec<String> = results.seeds.iter().map(|s| s.seed.to_string()).collect();
     let seconds: f64 = results.seeds.iter().map(|s| s.seconds).sum();
@@ -58,13 +66,14 @@ pub(super) fn page(results: &BeamResults) -> String {
     body += &targets_table(&results.targets);
     for &beta in &results.betas {
         body += &format!("<h2>beta {beta}</h2><div class=\"plots\">");
-        for (key, label, unit) in [
-            ("true_reward", "True reward", "reward units"),
-            ("implicit_reward", "Implicit reward", "reward units"),
-            ("tokens", "Length", "tokens"),
-            ("wins_greedy", "Wins over greedy", "fraction"),
+        // A search for log-ratios goes where no other does, and would flatten the others' curves.
+        for (rankings, chooser, metrics) in [
+            (&Ranking::ALL[..2], Chooser::Likelihood, &METRICS[..]),
+            (&Ranking::ALL[2..], Chooser::ImplicitReward, &METRICS[..3]),
         ] {
-            body += &figure(&by_width(results, beta, (key, label, unit)));
+            for &metric in metrics {
+                body += &figure(&by_width(results, beta, (rankings, chooser), metric));
+            }
         }
         body += "</div><div class=\"scroll\"><table><thead><tr><th>Decoding</th>";
         for (_, heading) in COLUMNS {
@@ -88,7 +97,12 @@ fn is(row: &Row, beta: f64) -> bool {
 }
 
 /// A figure over the width of the beam, or the number of draws.
-fn by_width(results: &BeamResults, beta: f64, (key, label, unit): (&str, &str, &str)) -> Plot {
+fn by_width(
+    results: &BeamResults,
+    beta: f64,
+    (rankings, chooser): (&[Ranking], Chooser),
+    (key, label, unit): (&str, &str, &str),
+) -> Plot {
     let value = |method: Method| {
         let name = method.name();
         let mut rows = results.rows.iter();
@@ -109,16 +123,15 @@ fn by_width(results: &BeamResults, beta: f64, (key, label, unit): (&str, &str, &
             .collect(),
         ..Series::default()
     };
-    let mut all: Vec<Series> = Ranking::ALL
-        .into_iter()
-        .map(|ranking| {
+    let mut all: Vec<Series> = rankings
+        .iter()
+        .map(|&ranking| {
             // A beam of one is greedy.
             let likelihood = ranking == Ranking::Likelihood;
             let first = likelihood.then(|| value(Method::Greedy)).flatten();
             series(ranking.name(), &|width| Method::Beam(width, ranking), first)
         })
         .collect();
-    let chooser = Chooser::ImplicitReward;
     all.push(series(
         format!("best of N, {}", chooser.name()),
         &|n| Method::BestOf(n, chooser),
@@ -131,11 +144,11 @@ fn by_width(results: &BeamResults, beta: f64, (key, label, unit): (&str, &str, &
         })
     };
     Plot {
-        title: format!("{label}, β {beta}"),
+        title: format!("{label}, by {}, β {beta}", rankings[0].name()),
         x_label: "beams, or draws".into(),
         y_label: unit.into(),
         series: all,
-        reference_lines: [line("MAP", Method::Map), line("sample", Method::Sample)]
+        reference_lines: [line("greedy", Method::Greedy), line("MAP", Method::Map)]
             .into_iter()
             .flatten()
             .collect(),
