@@ -2,6 +2,7 @@
 
 use burn::tensor::Tensor;
 use mdp_core::Beta;
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::error::ReadoutError;
@@ -228,29 +229,45 @@ fn bad(row: usize, policy: &[f32], reference: &[f32]) -> ReadoutError {
 
 /// The ids of the `n` largest numbers, largest first; of equals, the lowest id first.
 fn top(row: &[f32], n: usize) -> Vec<u32> {
-    /// Numbers that are looked at together: few blocks hold anything above the least kept.
-    const BLOCK: usize = 16;
-    if n == 0 {
-        return Vec::new();
-    }
-    let mut kept: Vec<(f32, u32)> = Vec::with_capacity(n.min(row.len()) + 1);
-    for (block, values) in row.chunks(BLOCK).enumerate() {
-        if kept.len() == n {
-            let least = kept[n - 1].0;
-            if !values.iter().fold(false, |any, &x| any | (x > least)) {
-                continue;
+    Arch::new().dispatch(Top { row, n })
+}
+
+/// [`top`] in the widest registers that the processor has.
+struct Top<'a> {
+    row: &'a [f32],
+    n: usize,
+}
+
+impl WithSimd for Top<'_> {
+    type Output = Vec<u32>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _simd: S) -> Vec<u32> {
+        let Self { row, n } = self;
+        /// Numbers that are looked at together: few blocks hold anything above the least kept.
+        const BLOCK: usize = 16;
+        if n == 0 {
+            return Vec::new();
+        }
+        let mut kept: Vec<(f32, u32)> = Vec::with_capacity(n.min(row.len()) + 1);
+        for (block, values) in row.chunks(BLOCK).enumerate() {
+            if kept.len() == n {
+                let least = kept[n - 1].0;
+                if !values.iter().fold(false, |any, &x| any | (x > least)) {
+                    continue;
+                }
+            }
+            for (offset, &x) in values.iter().enumerate() {
+                if kept.len() == n && x <= kept[n - 1].0 {
+                    continue;
+                }
+                let place = kept.partition_point(|&(kept, _)| kept >= x);
+                kept.insert(place, (x, (block * BLOCK + offset) as u32));
+                kept.truncate(n);
             }
         }
-        for (offset, &x) in values.iter().enumerate() {
-            if kept.len() == n && x <= kept[n - 1].0 {
-                continue;
-            }
-            let place = kept.partition_point(|&(kept, _)| kept >= x);
-            kept.insert(place, (x, (block * BLOCK + offset) as u32));
-            kept.truncate(n);
-        }
+        kept.into_iter().map(|(_, id)| id).collect()
     }
-    kept.into_iter().map(|(_, id)| id).collect()
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Two rows of logits in one pass: normalisers, entropies, divergences.
 
+use pulp::{Arch, Simd, WithSimd};
+
 /// Sums are kept in this many lanes, so that the compiler can use vector registers.
 const LANES: usize = 16;
 /// After this many numbers a lane's f32 sum goes into f64: its rounding stays below 1e-6.
@@ -23,6 +25,11 @@ pub(crate) struct RowPair {
 impl RowPair {
     /// Reads two rows of one vocabulary; nothing where a logit is not finite.
     pub(crate) fn read(policy: &[f32], reference: &[f32]) -> Option<Self> {
+        Arch::new().dispatch(Read { policy, reference })
+    }
+
+    #[inline(always)]
+    fn of(policy: &[f32], reference: &[f32]) -> Option<Self> {
         let (p_largest, q_largest) = (largest(policy), largest(reference));
         // With a = p − max p and b = q − max q: Σ e^a, Σ e^b, Σ a e^a, Σ b e^b, Σ (a−b) e^a and
         // Σ (b−a) e^b hold everything; no probability is stored.
@@ -69,6 +76,21 @@ impl RowPair {
     }
 }
 
+/// [`RowPair::read`] in the widest registers that the processor has.
+struct Read<'a> {
+    policy: &'a [f32],
+    reference: &'a [f32],
+}
+
+impl WithSimd for Read<'_> {
+    type Output = Option<RowPair>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _simd: S) -> Option<RowPair> {
+        RowPair::of(self.policy, self.reference)
+    }
+}
+
 /// Adds the six terms of each lane.
 #[inline(always)]
 fn add(
@@ -105,6 +127,7 @@ fn add(
 }
 
 /// The largest number of a row; NaN never is.
+#[inline(always)]
 fn largest(row: &[f32]) -> f32 {
     let (lanes, rest) = row.as_chunks::<LANES>();
     let mut most = [f32::NEG_INFINITY; LANES];

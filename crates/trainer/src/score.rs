@@ -340,10 +340,9 @@ impl Run<'_> {
             let written = self.workers.map(batches.len(), |index| {
                 self.batch(&items, &batches[index], room)
             });
-            let mut written: Vec<(usize, Written)> = written
-                .into_iter()
-                .collect::<Result<Vec<_>, TrainError>>()?
-                .concat();
+            let written: Vec<Vec<(usize, Written)>> =
+                written.into_iter().collect::<Result<_, TrainError>>()?;
+            let mut written: Vec<(usize, Written)> = written.into_iter().flatten().collect();
             written.sort_by_key(|(index, _)| *index);
             for (_, written) in written {
                 file.write_all(written.lines.as_bytes())

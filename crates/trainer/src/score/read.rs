@@ -9,7 +9,7 @@ use crate::error::TrainError;
 
 /// Rows of logits that exist at a time: enough for the matrix product to be more than a reading of
 /// its weights, and few enough that those of a small vocabulary stay in the caches.
-const TILE_ROWS: usize = 256;
+const TILE_ROWS: usize = 64;
 
 /// What is read of a row: for each completion, for each token, its readout if it has one.
 pub(super) type RowReadouts = Vec<Vec<Option<TokenReadout>>>;
