@@ -425,13 +425,13 @@ impl Tokenizer {
             pieces.push(piece);
         }
         // What never became a whole character is shown at the last id.
-        let whole = self
-            .inner
-            .library
-            .decode(ids, false)
-            .map_err(|error| self.refused("decode", &error.to_string()))?;
-        if let (Some(last), Some(rest)) = (pieces.last_mut(), whole.get(joined..)) {
-            last.push_str(rest);
+        if let Some(last) = pieces.last_mut().filter(|last| last.is_empty()) {
+            let whole = self
+                .inner
+                .library
+                .decode(ids, false)
+                .map_err(|error| self.refused("decode", &error.to_string()))?;
+            last.push_str(whole.get(joined..).unwrap_or_default());
         }
         Ok(pieces)
     }
