@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::activation::{gelu, gelu_approximate, silu, softmax};
+use burn::tensor::activation::{gelu, gelu_approximate, softmax};
 use burn::tensor::module::linear;
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use rand::SeedableRng;
@@ -622,7 +622,7 @@ impl Block {
     fn mlp(&self, x: Tensor<2>, kind: MlpKind) -> Tensor<2> {
         let up = self.up.forward(x.clone());
         let inner = match (kind, &self.gate) {
-            (MlpKind::SwiGlu, Some(gate)) => silu(gate.forward(x)) * up,
+            (MlpKind::SwiGlu, Some(gate)) => ops::swiglu(gate.forward(x), up),
             (MlpKind::GeluTanh, _) => gelu_approximate(up),
             _ => gelu(up),
         };
@@ -666,25 +666,18 @@ impl Block {
             Some((cache, layer)) => cache.append(layer, key, value),
             None => (key, value),
         };
-        let [_, _, keys, _] = key.dims();
         // The query heads of a group share their key head: they stack along the sequence.
         let query = query
             .swap_dims(1, 2)
             .reshape([batch, heads, groups * seq, width])
             .mul_scalar(1.0 / (width as f64).sqrt());
-        let mut scores = query.matmul(key.swap_dims(2, 3));
-        if let Some(mask) = &layout.mask {
-            // Finite, so that a padded query, which may look nowhere, yields no NaN.
-            const NOWHERE: f32 = -1e30;
-            let [rows, ..] = mask.dims();
-            let shape = [batch, heads, groups, seq, keys];
-            let mask: Tensor<5, Bool> = mask.clone().reshape([rows, 1, 1, seq, keys]);
-            scores = scores
-                .reshape(shape)
-                .mask_fill(mask.expand(shape), NOWHERE)
-                .reshape([batch, heads, groups * seq, keys]);
-        }
-        let mixed = softmax(scores, 3)
+        let scores = query.matmul(key.swap_dims(2, 3));
+        // A padded query, which may look nowhere, weighs nothing and yields no NaN.
+        let weights = match &layout.mask {
+            Some(mask) => ops::masked_softmax(scores, mask.clone()),
+            None => softmax(scores, 3),
+        };
+        let mixed = weights
             .matmul(value)
             .reshape([batch, config.n_heads, seq, width])
             .swap_dims(1, 2)

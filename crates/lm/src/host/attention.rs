@@ -3,8 +3,8 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::exp::exp;
 use super::pool::Layer;
+use ops::exp;
 
 /// Slots whose weights are held at once.
 const BLOCK: usize = 64;

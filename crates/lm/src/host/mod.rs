@@ -8,7 +8,7 @@
 
 mod attention;
 mod cache;
-mod exp;
+mod log_sum_exp;
 mod matrix;
 mod pool;
 
@@ -18,12 +18,12 @@ use rayon::prelude::*;
 
 use self::attention::Heads;
 pub(crate) use self::cache::HostCache;
-use self::exp::exp;
-pub(crate) use self::exp::log_sum_exp;
+pub(crate) use self::log_sum_exp::log_sum_exp;
 use self::matrix::{Matrix, Workspace};
 pub(crate) use self::pool::Pool;
 use crate::config::{MlpKind, ModelConfig, Rope};
 use crate::model::{Block, Norm, Projection, Transformer};
+use ops::exp;
 
 /// Elements of an activation beyond which the cores share the work.
 const WORTH_SHARING: usize = 1 << 12;
