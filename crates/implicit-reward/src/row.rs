@@ -1,5 +1,6 @@
 //! Two rows of logits in one pass: normalisers, entropies, divergences.
 
+use ops::exp;
 use pulp::{Arch, Simd, WithSimd};
 
 /// Sums are kept in this many lanes, so that the compiler can use vector registers.
@@ -142,50 +143,11 @@ fn largest(row: &[f32]) -> f32 {
     )
 }
 
-/// `e^x` for `x` at most 0, to 1.5e-7 of itself; below -87, where f32 ends, about 1e-38.
-///
-/// The standard library's is a call for each number; this one the compiler turns into vector
-/// instructions, and a vocabulary has tens of thousands of numbers for every token.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    /// Adding this leaves the nearest whole number in the lowest bits of a sum.
-    const ROUND: f32 = 12_582_912.0;
-    // ln 2 in two parts, the first of few digits, so that its multiples are exact.
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = if x > -87.0 { x } else { -87.0 };
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let n = shifted - ROUND;
-    let r = x - n * LN2_HIGH - n * LN2_LOW;
-    // Taylor's series up to r^7 over |r| ≤ ln(2)/2 is good to 5e-9, below f32's own rounding.
-    let series = 1.0 / 5040.0;
-    let series = series * r + 1.0 / 720.0;
-    let series = series * r + 1.0 / 120.0;
-    let series = series * r + 1.0 / 24.0;
-    let series = series * r + 1.0 / 6.0;
-    let series = series * r + 0.5;
-    let series = series * r + 1.0;
-    let series = series * r + 1.0;
-    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
-    series * power
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    #[test]
-    fn exponentials_are_those_of_f64_to_a_few_units_in_the_last_place() {
-        for i in 0..=870_000 {
-            let x = -(i as f32) * 1e-4;
-            let expected = f64::from(x).exp();
-            let error = (f64::from(exp(x)) - expected).abs() / expected;
-            assert!(error < 1.5e-7, "{x}: {error}");
-        }
-        assert!(exp(-1e30) < 1e-37 && exp(f32::NEG_INFINITY) < 1e-37);
-    }
 
     /// Everything by its definition, in f64.
     fn by_definition(p: &[f32], q: &[f32]) -> RowPair {
