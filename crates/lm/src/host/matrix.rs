@@ -5,12 +5,15 @@ use rayon::prelude::*;
 
 /// Outputs of a panel.
 const PANEL: usize = 32;
-/// Inputs are padded to a multiple of this, so that the longest unrolled loop has no rest.
-const UNROLL: usize = 4;
+/// Inputs that are kept together, and that the longest unrolled loop takes: a panel is padded to a
+/// multiple of them.
+const GROUP: usize = 4;
 /// Numbers of a cache line: panels begin on one, so that no load touches two.
 const LINE: usize = 16;
 /// The bits of an f32 that bf16 has not.
 const LOWER: u32 = 0xffff;
+/// The bits of an f32 that its upper three bytes have not.
+const LOWEST: u32 = 0xff;
 /// Multiplications and additions that one core does while two cores agree on who does what.
 pub(super) const WORTH_SHARING: usize = 1 << 16;
 /// Weights of one task where work is shared: few enough that the cores end together.
@@ -21,7 +24,8 @@ const TASK_WEIGHTS: usize = 1 << 15;
 /// A product reads every panel once, front to back. With one row that is all there is to do, and
 /// the time is that of reading the weights; further rows reuse what the registers hold. So weights
 /// that bf16 can hold, as those of most published checkpoints, are kept in it, which halves the
-/// time and changes no number.
+/// time and changes no number; and weights that 24 bits can hold, such as means of bf16 ones, in
+/// three quarters.
 pub(crate) struct Matrix {
     panels: Panels,
     inputs: usize,
@@ -32,6 +36,9 @@ enum Panels {
     Full(Lines<f32>),
     /// Two weights a word, [`PANEL`] / 2 outputs apart: the first in the lower half.
     Bf16(Lines<u32>),
+    /// The upper halves of a group's weights as above, and behind them a word for each output with
+    /// the third bytes of the group's four inputs, the first in its lowest byte.
+    Bytes3(Lines<u32>),
 }
 
 /// Numbers that begin at a cache line.
@@ -122,21 +129,34 @@ impl Matrix {
     }
 
     fn new(panels: Lines<f32>, inputs: usize, outputs: usize) -> Self {
-        let halves = panels
-            .par_iter()
-            .all(|weight| weight.to_bits() & LOWER == 0);
-        let panels = if halves {
+        let held_without = |bits: u32| {
+            let weights = panels.par_iter();
+            weights.all(|weight| weight.to_bits() & bits == 0)
+        };
+        let panels = if held_without(LOWER) {
             let mut words = Lines::zeros(panels.len() / 2);
             words
                 .par_chunks_exact_mut(PANEL / 2)
                 .zip(panels.par_chunks_exact(PANEL))
+                .for_each(|(words, weights)| upper_halves(weights, words));
+            Panels::Bf16(words)
+        } else if held_without(LOWEST) {
+            let mut words = Lines::zeros(panels.len() / 4 * 3);
+            words
+                .par_chunks_exact_mut(Bytes3::PER_GROUP)
+                .zip(panels.par_chunks_exact(GROUP * PANEL))
                 .for_each(|(words, weights)| {
-                    let (first, second) = weights.split_at(PANEL / 2);
-                    for ((word, first), second) in words.iter_mut().zip(first).zip(second) {
-                        *word = first.to_bits() >> 16 | second.to_bits();
+                    let (upper, third) = words.split_at_mut(GROUP * PANEL / 2);
+                    let upper = upper.chunks_exact_mut(PANEL / 2);
+                    let inputs = weights.chunks_exact(PANEL).zip(upper);
+                    for (input, (weights, upper)) in inputs.enumerate() {
+                        upper_halves(weights, upper);
+                        for (third, weight) in third.iter_mut().zip(weights) {
+                            *third |= (weight.to_bits() >> 8 & 0xff) << (8 * input);
+                        }
                     }
                 });
-            Panels::Bf16(words)
+            Panels::Bytes3(words)
         } else {
             Panels::Full(panels)
         };
@@ -160,8 +180,15 @@ impl Matrix {
         };
         products.resize(self.outputs.next_multiple_of(PANEL) * rows, 0.0);
         match &self.panels {
-            Panels::Full(panels) => self.products(panels, rows, block, &work.rows, products),
-            Panels::Bf16(panels) => self.products(panels, rows, block, &work.rows, products),
+            Panels::Full(panels) => {
+                self.products::<Full>(panels, rows, block, &work.rows, products);
+            }
+            Panels::Bf16(panels) => {
+                self.products::<Bf16>(panels, rows, block, &work.rows, products);
+            }
+            Panels::Bytes3(panels) => {
+                self.products::<Bytes3>(panels, rows, block, &work.rows, products);
+            }
         }
         if rows == 1 {
             out.truncate(self.outputs);
@@ -179,16 +206,16 @@ impl Matrix {
     /// Products of all panels, `[panel][rows][32]`, with rows that lie in blocks.
     fn products<W: Weights>(
         &self,
-        panels: &[W],
+        panels: &[W::Word],
         n_rows: usize,
         block: usize,
         rows: &[f32],
         products: &mut [f32],
     ) {
         let arch = Arch::new();
-        let padded = self.inputs.next_multiple_of(UNROLL);
-        let run = |panels: &[W], products: &mut [f32]| {
-            arch.dispatch(Products {
+        let padded = self.inputs.next_multiple_of(GROUP);
+        let run = |panels: &[W::Word], products: &mut [f32]| {
+            arch.dispatch(Products::<W> {
                 panels,
                 padded,
                 rows,
@@ -197,7 +224,7 @@ impl Matrix {
                 products,
             });
         };
-        let stride = padded * W::PER_INPUT;
+        let stride = padded / GROUP * W::PER_GROUP;
         if n_rows * padded * self.outputs <= WORTH_SHARING {
             run(panels, products);
         } else {
@@ -212,7 +239,7 @@ impl Matrix {
 
 /// Floats of a panel.
 fn stride(inputs: usize) -> usize {
-    inputs.next_multiple_of(UNROLL) * PANEL
+    inputs.next_multiple_of(GROUP) * PANEL
 }
 
 fn zeros(inputs: usize, outputs: usize) -> Lines<f32> {
@@ -221,7 +248,7 @@ fn zeros(inputs: usize, outputs: usize) -> Lines<f32> {
 
 /// Lays blocks of rows side by side, input by input, padded as the panels are.
 fn pack(x: &[f32], inputs: usize, block: usize, packed: &mut Vec<f32>) {
-    let padded = inputs.next_multiple_of(UNROLL);
+    let padded = inputs.next_multiple_of(GROUP);
     packed.clear();
     packed.resize(x.len() / inputs * padded, 0.0);
     let blocks = packed.chunks_mut(block * padded);
@@ -255,43 +282,102 @@ impl WithSimd for BlockRows {
 }
 
 /// How the weights of a panel are kept.
-trait Weights: Copy + Sync {
-    /// Words for a panel's weights of one input.
-    const PER_INPUT: usize;
+trait Weights {
+    type Word: Copy + Sync;
 
-    /// A panel's weights of one input in `V` registers.
-    fn load<S: Simd, const V: usize>(simd: S, words: &[Self]) -> [S::f32s; V];
+    /// Words for a panel's weights of a group of inputs.
+    const PER_GROUP: usize;
+
+    /// A panel's weights of one `INPUT` of a group in `V` registers.
+    ///
+    /// Without closures: one that is not inlined would be compiled for the plainest processor.
+    fn load<S: Simd, const V: usize, const INPUT: usize>(
+        simd: S,
+        words: &[Self::Word],
+    ) -> [S::f32s; V];
 }
 
-impl Weights for f32 {
-    const PER_INPUT: usize = PANEL;
+struct Full;
+
+impl Weights for Full {
+    type Word = f32;
+    const PER_GROUP: usize = GROUP * PANEL;
 
     #[inline(always)]
-    fn load<S: Simd, const V: usize>(_simd: S, words: &[Self]) -> [S::f32s; V] {
-        let (words, _) = S::as_simd_f32s(words);
-        std::array::from_fn(|register| words[register])
+    fn load<S: Simd, const V: usize, const INPUT: usize>(simd: S, words: &[f32]) -> [S::f32s; V] {
+        let (words, _) = S::as_simd_f32s(&words[INPUT * PANEL..][..PANEL]);
+        let mut weights = [simd.splat_f32s(0.0); V];
+        weights.copy_from_slice(&words[..V]);
+        weights
     }
 }
 
-impl Weights for u32 {
-    const PER_INPUT: usize = PANEL / 2;
+struct Bf16;
+
+impl Weights for Bf16 {
+    type Word = u32;
+    const PER_GROUP: usize = GROUP * PANEL / 2;
 
     #[inline(always)]
-    fn load<S: Simd, const V: usize>(simd: S, words: &[Self]) -> [S::f32s; V] {
-        let (words, _) = S::as_simd_u32s(words);
-        std::array::from_fn(|register| {
-            simd.transmute_f32s_u32s(if register < V / 2 {
-                simd.wrapping_dyn_shl_u32s(words[register], simd.splat_u32s(16))
-            } else {
-                simd.and_u32s(words[register - V / 2], simd.splat_u32s(!LOWER))
-            })
-        })
+    fn load<S: Simd, const V: usize, const INPUT: usize>(simd: S, words: &[u32]) -> [S::f32s; V] {
+        let (words, _) = S::as_simd_u32s(&words[INPUT * PANEL / 2..][..PANEL / 2]);
+        let mut weights = [simd.splat_f32s(0.0); V];
+        for (register, weight) in weights.iter_mut().enumerate() {
+            *weight = simd.transmute_f32s_u32s(upper_half::<S, V>(simd, words, register));
+        }
+        weights
+    }
+}
+
+struct Bytes3;
+
+impl Weights for Bytes3 {
+    type Word = u32;
+    const PER_GROUP: usize = GROUP * PANEL / 4 * 3;
+
+    #[inline(always)]
+    fn load<S: Simd, const V: usize, const INPUT: usize>(simd: S, words: &[u32]) -> [S::f32s; V] {
+        let (upper, third) = words.split_at(GROUP * PANEL / 2);
+        let (upper, _) = S::as_simd_u32s(&upper[INPUT * PANEL / 2..][..PANEL / 2]);
+        let (third, _) = S::as_simd_u32s(third);
+        let mut weights = [simd.splat_f32s(0.0); V];
+        for (register, weight) in weights.iter_mut().enumerate() {
+            // The input's byte goes to where an f32 has its third.
+            let third = match INPUT {
+                0 => simd.wrapping_dyn_shl_u32s(third[register], simd.splat_u32s(8)),
+                1 => third[register],
+                2 => simd.wrapping_dyn_shr_u32s(third[register], simd.splat_u32s(8)),
+                _ => simd.wrapping_dyn_shr_u32s(third[register], simd.splat_u32s(16)),
+            };
+            let third = simd.and_u32s(third, simd.splat_u32s(LOWER & !LOWEST));
+            let upper = upper_half::<S, V>(simd, upper, register);
+            *weight = simd.transmute_f32s_u32s(simd.or_u32s(upper, third));
+        }
+        weights
+    }
+}
+
+/// The upper halves of a panel's weights, two a word and half a panel apart.
+fn upper_halves(weights: &[f32], words: &mut [u32]) {
+    let (first, second) = weights.split_at(PANEL / 2);
+    for ((word, first), second) in words.iter_mut().zip(first).zip(second) {
+        *word = first.to_bits() >> 16 | (second.to_bits() & !LOWER);
+    }
+}
+
+/// One of the `V` registers of [`upper_halves`].
+#[inline(always)]
+fn upper_half<S: Simd, const V: usize>(simd: S, words: &[S::u32s], register: usize) -> S::u32s {
+    if register < V / 2 {
+        simd.wrapping_dyn_shl_u32s(words[register], simd.splat_u32s(16))
+    } else {
+        simd.and_u32s(words[register - V / 2], simd.splat_u32s(!LOWER))
     }
 }
 
 /// Products of some panels with all rows.
-struct Products<'a, W> {
-    panels: &'a [W],
+struct Products<'a, W: Weights> {
+    panels: &'a [W::Word],
     /// Inputs of a panel.
     padded: usize,
     rows: &'a [f32],
@@ -305,7 +391,7 @@ impl<W: Weights> WithSimd for Products<'_, W> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let panels = self.panels.chunks_exact(self.padded * W::PER_INPUT);
+        let panels = self.panels.chunks_exact(self.padded / GROUP * W::PER_GROUP);
         let products = self.products.chunks_exact_mut(self.n_rows * PANEL);
         for (panel, products) in panels.zip(products) {
             let blocks = self.rows.chunks(self.block * self.padded);
@@ -325,7 +411,7 @@ impl<W: Weights> WithSimd for Products<'_, W> {
 #[inline(always)]
 fn by_rows<S: Simd, W: Weights, const V: usize>(
     simd: S,
-    panel: &[W],
+    panel: &[W::Word],
     rows: &[f32],
     out: &mut [f32],
 ) {
@@ -341,28 +427,22 @@ fn by_rows<S: Simd, W: Weights, const V: usize>(
     }
 }
 
-/// `R` rows with one panel of `V` registers, `U` inputs at a time: enough sums side by side that
-/// none waits for its last addition.
+/// `R` rows with one panel of `V` registers, into `U` sums side by side: enough that none waits for
+/// its last addition.
 #[inline(always)]
 fn product<S: Simd, W: Weights, const V: usize, const R: usize, const U: usize>(
     simd: S,
-    panel: &[W],
+    panel: &[W::Word],
     rows: &[f32],
     out: &mut [f32],
 ) {
     let mut sums = [[[simd.splat_f32s(0.0); V]; R]; U];
-    let panel = panel.chunks_exact(U * W::PER_INPUT);
-    for (words, rows) in panel.zip(rows.chunks_exact(U * R)) {
-        let inputs = words.chunks_exact(W::PER_INPUT).zip(rows.chunks_exact(R));
-        for (sums, (words, rows)) in sums.iter_mut().zip(inputs) {
-            let weights = W::load::<S, V>(simd, words);
-            for (sums, &x) in sums.iter_mut().zip(rows) {
-                let x = simd.splat_f32s(x);
-                for (sum, &weight) in sums.iter_mut().zip(&weights) {
-                    *sum = simd.mul_add_f32s(weight, x, *sum);
-                }
-            }
-        }
+    let panel = panel.chunks_exact(W::PER_GROUP);
+    for (words, rows) in panel.zip(rows.chunks_exact(GROUP * R)) {
+        add::<S, W, V, R, 0>(simd, words, rows, &mut sums[0]);
+        add::<S, W, V, R, 1>(simd, words, rows, &mut sums[1 % U]);
+        add::<S, W, V, R, 2>(simd, words, rows, &mut sums[2 % U]);
+        add::<S, W, V, R, 3>(simd, words, rows, &mut sums[3 % U]);
     }
     for (row, out) in out.chunks_exact_mut(PANEL).enumerate() {
         let (out, _) = S::as_mut_simd_f32s(out);
@@ -372,6 +452,23 @@ fn product<S: Simd, W: Weights, const V: usize, const R: usize, const U: usize>(
                 total = simd.add_f32s(total, sums[row][register]);
             }
             *out = total;
+        }
+    }
+}
+
+/// Adds the products of one input of a group.
+#[inline(always)]
+fn add<S: Simd, W: Weights, const V: usize, const R: usize, const INPUT: usize>(
+    simd: S,
+    words: &[W::Word],
+    rows: &[f32],
+    sums: &mut [[S::f32s; V]; R],
+) {
+    let weights = W::load::<S, V, INPUT>(simd, words);
+    for (sums, &x) in sums.iter_mut().zip(&rows[INPUT * R..][..R]) {
+        let x = simd.splat_f32s(x);
+        for (sum, &weight) in sums.iter_mut().zip(&weights) {
+            *sum = simd.mul_add_f32s(weight, x, *sum);
         }
     }
 }
@@ -391,12 +488,13 @@ mod tests {
     #[test]
     fn products_of_odd_sizes_equal_sums_in_double() {
         let sizes = [(1, 1), (3, 31), (16, 32), (70, 33), (64, 300)];
-        for ((inputs, outputs), halves) in sizes.into_iter().flat_map(|s| [(s, false), (s, true)]) {
+        let lost = [0, LOWEST, LOWER];
+        for ((inputs, outputs), lost) in sizes.into_iter().flat_map(|s| lost.map(|l| (s, l))) {
+            // The first has every bit that its kind may have.
             let mut weights = numbers(inputs * outputs, 3);
-            if halves {
-                for weight in &mut weights {
-                    *weight = f32::from_bits(weight.to_bits() & !LOWER);
-                }
+            weights[0] = f32::from_bits(0x3f7f_ffff);
+            for weight in &mut weights {
+                *weight = f32::from_bits(weight.to_bits() & !lost);
             }
             let split = outputs / 3 * inputs;
             let columns = |from: usize, to: usize| -> Vec<f32> {
@@ -417,7 +515,12 @@ mod tests {
                 Matrix::from_rows(inputs, &transposed),
             ];
             for matrix in &matrices {
-                assert_eq!(matches!(matrix.panels, Panels::Bf16(_)), halves);
+                let kind = match matrix.panels {
+                    Panels::Full(_) => 0,
+                    Panels::Bytes3(_) => LOWEST,
+                    Panels::Bf16(_) => LOWER,
+                };
+                assert_eq!(kind, lost);
             }
             for rows in [1, 2, 3, 5, 8, 9, 17, 40] {
                 let x = numbers(rows * inputs, 7);
