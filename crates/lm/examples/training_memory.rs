@@ -82,7 +82,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for _ in 0..steps {
         if kind.ends_with("recompute") {
             let checkpointed = model.checkpointed(&batch);
-            let scored = batch.scored(model.head(checkpointed.hidden()), false);
+            let scored = model.score_hidden(&batch, checkpointed.hidden(), false);
             checkpointed.backward(&model, &-scored.flat.mean(), &mut take);
         } else {
             take((-model.score(&batch, false).flat.mean()).backward());

@@ -2,14 +2,16 @@
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use dpo_loss::{TokenLogps, TokenStats, token_logps, token_stats};
+use ops::{Family, Spans};
 
-use crate::model::{SeqLayout, Transformer, causal_mask};
+use crate::model::{SeqLayout, Sight, Transformer};
 
-/// Prompts with their completions, padded on the right.
+/// Prompts with their completions.
 ///
-/// Completions of one prompt may share a row: the prompt stands there once, each completion
-/// behind it at its own positions, and no completion sees another. Every figure is the same as
-/// from a row for each; only the work is less ([`CompletionBatch::for_pairs`] decides by that).
+/// Completions of one prompt may share it: the prompt stands there once, each completion behind it at
+/// its own positions, and no completion sees another. On a CPU everything stands in one row, one after
+/// the other, and nothing is padded; elsewhere each prompt has a row, padded on the right. Every figure
+/// is the same as from a row for each completion; only the work is less.
 ///
 /// Only completion tokens are predicted: the model's head runs on the positions before them and
 /// nowhere else. The first token of an empty prompt has nothing before it and is not predicted.
@@ -53,8 +55,10 @@ impl CompletionBatch {
     /// A batch of pairs `(prompt, chosen, rejected)`: the table holds all chosen completions, then
     /// in the same order all rejected ones.
     ///
-    /// A pair shares its row where that saves more in the matrices than it costs in attention, by
-    /// a count of operations for a model `hidden_size` wide.
+    /// A pair shares its prompt where that saves work. On a CPU it always does; elsewhere, where
+    /// attention computes the scores of a whole row and hides what is not seen, the row of a pair must
+    /// save more in the matrices than it costs in attention, by a count of operations for a model
+    /// `hidden_size` wide.
     ///
     /// # Panics
     ///
@@ -73,8 +77,9 @@ impl CompletionBatch {
             saved += 24.0 * hidden_size as f64 * p;
             spent += 4.0 * (2.0 * c * r - p * p);
         }
+        let share = ops::packs(device) || saved > spent;
         let n = pairs.len();
-        let rows: Vec<(&[u32], Vec<Numbered<'_>>)> = if saved > spent {
+        let rows: Vec<(&[u32], Vec<Numbered<'_>>)> = if share {
             let pairs = pairs.iter().enumerate();
             pairs
                 .map(|(i, pair)| (pair.0, vec![(i, pair.1), (n + i, pair.2)]))
@@ -95,13 +100,16 @@ impl CompletionBatch {
 
     fn lay_out(rows: &[(&[u32], Vec<Numbered<'_>>)], device: &Device) -> Self {
         let row_length = |(prompt, completions): &(&[u32], Vec<Numbered<'_>>)| {
-            prompt.len()
-                + completions
-                    .iter()
-                    .map(|(_, tokens)| tokens.len())
-                    .sum::<usize>()
+            let completions = completions.iter().map(|(_, tokens)| tokens.len());
+            prompt.len() + completions.sum::<usize>()
         };
-        let row_seq = rows.iter().map(row_length).max().expect("a batch has rows");
+        let packed = ops::packs(device);
+        let (batch, row_seq) = if packed {
+            (1, rows.iter().map(row_length).sum())
+        } else {
+            let longest = rows.iter().map(row_length).max();
+            (rows.len(), longest.expect("a batch has rows"))
+        };
         let lengths = rows.iter().flat_map(|(prompt, completions)| {
             completions
                 .iter()
@@ -110,54 +118,48 @@ impl CompletionBatch {
         let seq = lengths.clone().max().expect("a row has completions");
         let n_tokens = lengths.clone().sum();
         let n_completions = lengths.count();
-        let alone = rows.iter().all(|(_, completions)| completions.len() == 1);
 
-        let mut ids = vec![0_i64; rows.len() * row_seq];
-        let mut positions: Vec<u32> = if alone {
-            (0..row_seq as u32).collect()
-        } else {
-            Vec::new()
-        };
-        let mut hidden_from = Vec::new();
+        let mut ids = vec![0_i64; batch * row_seq];
+        let mut positions = vec![0_u32; batch * row_seq];
+        let mut families = Vec::with_capacity(rows.len());
         // By completion, so that the flat order is that of the table.
         let mut tokens: Vec<Vec<(i64, i64, i64)>> = vec![Vec::new(); n_completions];
+        let mut next = 0;
         for (row, (prompt, completions)) in rows.iter().enumerate() {
-            let start = row * row_seq;
-            for (column, &id) in prompt.iter().enumerate() {
-                ids[start + column] = i64::from(id);
+            if !packed {
+                next = row * row_seq;
             }
-            let mut segments = vec![0; row_seq];
-            let mut at = (0..row_seq as u32).collect::<Vec<u32>>();
-            let mut next = prompt.len();
-            for (segment, &(number, completion)) in completions.iter().enumerate() {
+            let mut write = |tokens: &[u32], first: usize, position: usize| {
+                for (index, &id) in tokens.iter().enumerate() {
+                    ids[first + index] = i64::from(id);
+                    positions[first + index] = (position + index) as u32;
+                }
+                first..first + tokens.len()
+            };
+            let prompt_place = write(prompt, next, 0);
+            next = prompt_place.end;
+            let mut places = Vec::with_capacity(completions.len());
+            for &(number, completion) in completions {
+                let place = write(completion, next, prompt.len());
+                next = place.end;
                 for (index, &id) in completion.iter().enumerate() {
-                    let column = next + index;
-                    ids[start + column] = i64::from(id);
-                    segments[column] = segment + 1;
-                    at[column] = (prompt.len() + index) as u32;
                     let before = match (index, prompt.len()) {
                         (0, 0) => continue,
-                        (0, length) => length - 1,
-                        _ => column - 1,
+                        (0, _) => prompt_place.end - 1,
+                        _ => place.start + index - 1,
                     };
                     tokens[number].push((
                         (number * seq + prompt.len() + index) as i64,
-                        (start + before) as i64,
+                        before as i64,
                         i64::from(id),
                     ));
                 }
-                next += completion.len();
+                places.push(place);
             }
-            if !alone {
-                positions.extend(at);
-                for query in 0..row_seq {
-                    let (own, length) = (segments[query], prompt.len());
-                    hidden_from.extend(
-                        (0..row_seq)
-                            .map(|key| key > query || !(key < length || segments[key] == own)),
-                    );
-                }
-            }
+            families.push(Family {
+                prompt: prompt_place,
+                completions: places,
+            });
         }
         let list = |values: Vec<i64>| {
             let count = values.len();
@@ -168,22 +170,13 @@ impl CompletionBatch {
             flat().next().is_some(),
             "a batch predicts at least one token"
         );
-        let mask = if alone {
-            (row_seq > 1).then(|| causal_mask(row_seq, device))
-        } else {
-            let shape = [rows.len(), 1, row_seq, row_seq];
-            Some(Tensor::from_data(
-                TensorData::new(hidden_from, shape),
-                device,
-            ))
-        };
         Self {
-            ids: Tensor::from_data(TensorData::new(ids, [rows.len(), row_seq]), device),
+            ids: Tensor::from_data(TensorData::new(ids, [batch, row_seq]), device),
             layout: SeqLayout {
-                batch: rows.len(),
+                batch,
                 seq: row_seq,
                 positions,
-                mask,
+                sight: Sight::Within(Spans::new(batch, row_seq, families)),
             },
             shape: [n_completions, seq],
             places: list(flat().map(|token| token.0).collect()),
@@ -251,7 +244,30 @@ pub struct Scored {
 impl Transformer {
     /// Scores the completions of a batch: `log π(a|s)` of each of their tokens.
     pub fn score(&self, batch: &CompletionBatch, with_stats: bool) -> Scored {
-        batch.scored(self.completion_logits(batch), with_stats)
+        self.score_hidden(batch, self.completion_hidden(batch), with_stats)
+    }
+
+    /// As [`Transformer::score`], from the hidden states that predict the completion tokens,
+    /// `[n_tokens, hidden]`. On a CPU no table of logits is made.
+    pub fn score_hidden(
+        &self,
+        batch: &CompletionBatch,
+        hidden: Tensor<2>,
+        with_stats: bool,
+    ) -> Scored {
+        let (weight, tied) = self.head_weight();
+        match ops::head_logps(&hidden, &weight, tied, &batch.targets) {
+            Some(head) => Scored {
+                table: batch.table(head.logps.clone()),
+                flat: head.logps,
+                stats: with_stats.then_some(TokenStats {
+                    entropy: head.entropy,
+                    mean_logit: head.mean_logit,
+                    top1: head.top1,
+                }),
+            },
+            None => batch.scored(self.head(hidden), with_stats),
+        }
     }
 
     /// The logits that predict each completion token, `[n_tokens, vocab]`, in the order of
@@ -344,11 +360,17 @@ mod tests {
             (&[7, 8], &[12, 1], &[20, 21, 22, 23, 1]),
             (&[3], &[20, 21, 1], &[22, 1]),
         ];
-        // A narrow model is said to be wide, or infinitely narrow, to force the choice: attention
-        // alone, over completions this long beside their prompts, costs more when shared.
+        // A narrow model is said to be wide, to force the choice wherever there is one.
         let shared = CompletionBatch::for_pairs(&pairs, 1 << 20, &device);
-        let apart = CompletionBatch::for_pairs(&pairs, 0, &device);
-        assert_eq!((shared.ids.dims()[0], apart.ids.dims()[0]), (3, 6));
+        let chosen = pairs.iter().map(|pair| (pair.0, pair.1));
+        let rejected = pairs.iter().map(|pair| (pair.0, pair.2));
+        let rows: Vec<(&[u32], &[u32])> = chosen.chain(rejected).collect();
+        let apart = CompletionBatch::new(&rows, &device);
+        let families = |batch: &CompletionBatch| match &batch.layout.sight {
+            Sight::Within(spans) => spans.families().len(),
+            Sight::Past(_) => unreachable!("a batch has no past"),
+        };
+        assert_eq!((families(&shared), families(&apart)), (3, 6));
         assert_eq!(shared.counts(), apart.counts());
         assert_eq!(shared.n_tokens(), apart.n_tokens());
         let run = |batch: &CompletionBatch| {

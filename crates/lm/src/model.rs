@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::activation::{gelu, gelu_approximate, softmax};
-use burn::tensor::module::linear;
+use burn::tensor::activation::{gelu, gelu_approximate};
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use ops::{Heads, Spans, Turns};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -206,7 +206,7 @@ impl Transformer {
             batch,
             seq,
             positions: (0..seq as u32).collect(),
-            mask: (seq > 1).then(|| causal_mask(seq, &ids.device())),
+            sight: Sight::Within(Spans::rows(batch, seq)),
         };
         self.run(ids, &layout, None)
     }
@@ -219,8 +219,17 @@ impl Transformer {
     /// Logits of the next token, `[rows, vocab]`, of hidden states `[rows, hidden]`.
     pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
         match &self.head {
-            Some(head) => hidden.matmul(head.weight.val()),
-            None => hidden.matmul(self.embed.val().transpose()),
+            Some(head) => ops::linear(hidden, head.weight.val(), None),
+            None => ops::linear(hidden, self.embed.val().transpose(), None),
+        }
+    }
+
+    /// The head's matrix, `[hidden, vocab]`, or if it is tied the table of embeddings,
+    /// `[vocab, hidden]`, and whether it is tied.
+    pub(crate) fn head_weight(&self) -> (Tensor<2>, bool) {
+        match &self.head {
+            Some(head) => (head.weight.val(), false),
+            None => (self.embed.val(), true),
         }
     }
 
@@ -247,14 +256,14 @@ impl Transformer {
         layout: &SeqLayout,
         mut cache: Option<&mut dyn Past>,
     ) -> Tensor<2> {
-        let turn = self.rotation(layout, &ids.device());
+        let turns = self.turns(layout);
         let mut x = self.embedded(ids, layout);
         for (layer, block) in self.blocks.iter().enumerate() {
             // The cast shortens the borrow of the trait object to this turn of the loop.
             let cache = cache
                 .as_mut()
                 .map(|cache| (&mut **cache as &mut dyn Past, layer));
-            x = block.forward(x, &self.config, layout, turn.as_ref(), cache);
+            x = block.forward(x, &self.config, layout, turns.as_ref(), cache);
         }
         if let Some(cache) = cache {
             cache.advance(layout.seq);
@@ -281,9 +290,9 @@ impl Transformer {
     }
 
     /// The turns of queries and keys, where positions turn them.
-    pub(crate) fn rotation(&self, layout: &SeqLayout, device: &Device) -> Option<Rotation> {
-        let rope = self.config.rope?;
-        Some(Rotation::new(rope, layout, device))
+    pub(crate) fn turns(&self, layout: &SeqLayout) -> Option<Turns> {
+        let Rope { dims, theta } = self.config.rope?;
+        Some(Turns::new(dims, theta, &layout.positions, layout.seq))
     }
 
     /// Hidden states of what the last block gave.
@@ -437,90 +446,39 @@ pub(crate) struct SeqLayout {
     pub(crate) seq: usize,
     /// Positions, `[seq]` when all rows agree, else `[batch * seq]`.
     pub(crate) positions: Vec<u32>,
-    /// True where a query may not look: `[1 or batch, 1, seq, keys]`.
-    pub(crate) mask: Option<Tensor<4, Bool>>,
+    pub(crate) sight: Sight,
 }
 
-pub(crate) fn causal_mask(seq: usize, device: &Device) -> Tensor<4, Bool> {
-    let mask: Vec<bool> = (0..seq * seq).map(|i| i % seq > i / seq).collect();
-    Tensor::from_data(TensorData::new(mask, [1, 1, seq, seq]), device)
-}
-
-/// Cosines and sines of every position, `[1 or batch, seq, 1, dims / 2]`.
-pub(crate) struct Rotation {
-    dims: usize,
-    cos: Tensor<4>,
-    sin: Tensor<4>,
-}
-
-impl Rotation {
-    fn new(rope: Rope, layout: &SeqLayout, device: &Device) -> Self {
-        let half = rope.dims / 2;
-        // Frequencies and angles in f32, as the checkpoints' own code computes them.
-        let frequencies: Vec<f32> = (0..half)
-            .map(|i| 1.0 / (rope.theta as f32).powf((2 * i) as f32 / rope.dims as f32))
-            .collect();
-        let angles: Vec<f32> = layout
-            .positions
-            .iter()
-            .flat_map(|&position| frequencies.iter().map(move |f| position as f32 * f))
-            .collect();
-        let shape = [layout.positions.len() / layout.seq, layout.seq, 1, half];
-        let table = |f: fn(f32) -> f32| {
-            let values: Vec<f32> = angles.iter().map(|&angle| f(angle)).collect();
-            Tensor::from_data(TensorData::new(values, shape), device)
-        };
-        Self {
-            dims: rope.dims,
-            cos: table(f32::cos),
-            sin: table(f32::sin),
-        }
-    }
-
-    /// Turns the first `dims` of each head of `x`, `[batch, seq, heads, head_dim]`: the first
-    /// half of them against the second.
-    fn apply(&self, x: Tensor<4>) -> Tensor<4> {
-        let [_, _, _, head_dim] = x.dims();
-        let half = self.dims / 2;
-        let first = x.clone().narrow(3, 0, half);
-        let second = x.clone().narrow(3, half, half);
-        let mut parts = vec![
-            first.clone() * self.cos.clone() - second.clone() * self.sin.clone(),
-            second * self.cos.clone() + first * self.sin.clone(),
-        ];
-        if self.dims < head_dim {
-            parts.push(x.narrow(3, self.dims, head_dim - self.dims));
-        }
-        Tensor::cat(parts, 3)
-    }
+/// Which tokens see which.
+#[derive(Clone, Debug)]
+pub(crate) enum Sight {
+    /// Each other alone.
+    Within(Spans),
+    /// Those of a cache too. True where a query may not look: `[1 or batch, 1, seq, keys]`.
+    Past(Option<Tensor<4, Bool>>),
 }
 
 impl Norm {
     /// Normalises the last dimension of `[rows, hidden]`.
     fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         match &self.bias {
-            None => rms_norm(x, self.weight.val(), self.eps),
+            None => ops::rms_norm(x, self.weight.val(), self.eps),
             Some(bias) => {
                 let centred = x.clone() - x.mean_dim(1);
-                rms_norm(centred, self.weight.val(), self.eps) + bias.val().unsqueeze()
+                ops::rms_norm(centred, self.weight.val(), self.eps) + bias.val().unsqueeze()
             }
         }
     }
-}
-
-fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
-    let scale = x.clone().square().mean_dim(D - 1).add_scalar(eps).sqrt();
-    x / scale * weight.unsqueeze()
 }
 
 impl Projection {
     fn forward(&self, x: Tensor<2>) -> Tensor<2> {
         let bias = self.bias.as_ref().map(|bias| bias.val());
         match &self.adapter {
-            None => linear(x, self.weight.val(), bias),
+            None => ops::linear(x, self.weight.val(), bias),
             Some(adapter) => {
                 let change = adapter.change(x.clone());
-                linear(x, self.weight.val(), bias) + change
+                ops::linear(x, self.weight.val(), bias) + change
             }
         }
     }
@@ -599,14 +557,14 @@ impl Block {
         x: Tensor<2>,
         config: &ModelConfig,
         layout: &SeqLayout,
-        turn: Option<&Rotation>,
+        turns: Option<&Turns>,
         cache: Option<(&mut dyn Past, usize)>,
     ) -> Tensor<2> {
         let attended = self.attention(
             self.attn_norm.forward(x.clone()),
             config,
             layout,
-            turn,
+            turns,
             cache,
         );
         if config.parallel_residual {
@@ -620,11 +578,10 @@ impl Block {
     }
 
     fn mlp(&self, x: Tensor<2>, kind: MlpKind) -> Tensor<2> {
-        let up = self.up.forward(x.clone());
         let inner = match (kind, &self.gate) {
-            (MlpKind::SwiGlu, Some(gate)) => ops::swiglu(gate.forward(x), up),
-            (MlpKind::GeluTanh, _) => gelu_approximate(up),
-            _ => gelu(up),
+            (MlpKind::SwiGlu, Some(gate)) => ops::swiglu(joined(x, [gate, &self.up])),
+            (MlpKind::GeluTanh, _) => gelu_approximate(self.up.forward(x)),
+            _ => gelu(self.up.forward(x)),
         };
         self.down.forward(inner)
     }
@@ -634,13 +591,45 @@ impl Block {
         x: Tensor<2>,
         config: &ModelConfig,
         layout: &SeqLayout,
-        turn: Option<&Rotation>,
+        turns: Option<&Turns>,
         cache: Option<(&mut dyn Past, usize)>,
     ) -> Tensor<2> {
-        let (batch, seq, width) = (layout.batch, layout.seq, config.head_dim);
-        let (heads, groups) = (config.n_kv_heads, config.n_heads / config.n_kv_heads);
-        let split = |x: Tensor<2>, heads: usize| x.reshape([batch, seq, heads, width]);
-        let mut projected = [&self.query, &self.key, &self.value].map(|p| p.forward(x.clone()));
+        let qkv = self.qkv(x, config);
+        let heads = Heads {
+            queries: config.n_heads,
+            keys: config.n_kv_heads,
+            width: config.head_dim,
+        };
+        let mixed = match &layout.sight {
+            Sight::Within(spans) => ops::attention(qkv, heads, spans, turns),
+            Sight::Past(hidden) => {
+                let (batch, seq, width) = (layout.batch, layout.seq, heads.width);
+                let part = |first: usize, count: usize| {
+                    let part = qkv.clone().narrow(1, first * width, count * width);
+                    part.reshape([batch, seq, count, width])
+                };
+                let turned = |x: Tensor<4>| match turns {
+                    Some(turns) => turns.apply(x),
+                    None => x,
+                };
+                let query = turned(part(0, heads.queries));
+                let key = turned(part(heads.queries, heads.keys)).swap_dims(1, 2);
+                let value = part(heads.queries + heads.keys, heads.keys).swap_dims(1, 2);
+                let (cache, layer) = cache.expect("a layout behind a past comes with its cache");
+                let (key, value) = cache.append(layer, key, value);
+                ops::attend(query, key, value, hidden.clone())
+            }
+        };
+        self.output.forward(mixed)
+    }
+
+    /// Queries, keys and values of each row of `x`, side by side.
+    fn qkv(&self, x: Tensor<2>, config: &ModelConfig) -> Tensor<2> {
+        let parts = [&self.query, &self.key, &self.value];
+        if self.fused.is_none() && self.query_norm.is_none() {
+            return joined(x, parts);
+        }
+        let mut projected = parts.map(|part| part.forward(x.clone()));
         if let Some(fused) = &self.fused {
             let change = fused.change(x.clone());
             let mut part = 0..3;
@@ -649,39 +638,36 @@ impl Block {
                 projected + fused_part(change.clone(), part, config)
             });
         }
-        let [query, key, value] = projected;
-        let mut query = split(query, config.n_heads);
-        let mut key = split(key, heads);
-        let value = split(value, heads).swap_dims(1, 2);
-        if let (Some(query_norm), Some(key_norm)) = (&self.query_norm, &self.key_norm) {
-            query = rms_norm(query, query_norm.val(), config.norm_eps);
-            key = rms_norm(key, key_norm.val(), config.norm_eps);
-        }
-        if let Some(turn) = turn {
-            query = turn.apply(query);
-            key = turn.apply(key);
-        }
-        let key = key.swap_dims(1, 2);
-        let (key, value) = match cache {
-            Some((cache, layer)) => cache.append(layer, key, value),
-            None => (key, value),
-        };
-        // The query heads of a group share their key head: they stack along the sequence.
-        let query = query
-            .swap_dims(1, 2)
-            .reshape([batch, heads, groups * seq, width])
-            .mul_scalar(1.0 / (width as f64).sqrt());
-        let scores = query.matmul(key.swap_dims(2, 3));
-        // A padded query, which may look nowhere, weighs nothing and yields no NaN.
-        let weights = match &layout.mask {
-            Some(mask) => ops::masked_softmax(scores, mask.clone()),
-            None => softmax(scores, 3),
-        };
-        let mixed = weights
-            .matmul(value)
-            .reshape([batch, config.n_heads, seq, width])
-            .swap_dims(1, 2)
-            .reshape([batch * seq, config.n_heads * width]);
-        self.output.forward(mixed)
+        let norms = [&self.query_norm, &self.key_norm, &None];
+        let mut norms = norms.into_iter();
+        let parts = projected.map(|x| match norms.next() {
+            Some(Some(norm)) => {
+                let [rows, columns] = x.dims();
+                let heads = x.reshape([rows, columns / config.head_dim, config.head_dim]);
+                ops::rms_norm(heads, norm.val(), config.norm_eps).reshape([rows, columns])
+            }
+            _ => x,
+        });
+        Tensor::cat(parts.to_vec(), 1)
     }
+}
+
+/// The outputs of several linear layers side by side.
+///
+/// For many rows their matrices are joined first: a product of one wide matrix reads the rows once,
+/// and its gradient is one product too, without a sum. The copy of the matrices costs about as much as
+/// a row of the product for each of its numbers that is moved, little beside a hundred rows.
+fn joined<const N: usize>(x: Tensor<2>, parts: [&Projection; N]) -> Tensor<2> {
+    const MANY: usize = 128;
+    if x.dims()[0] < MANY || parts.iter().any(|part| part.adapter.is_some()) {
+        let outputs = parts.map(|part| part.forward(x.clone()));
+        return Tensor::cat(outputs.to_vec(), 1);
+    }
+    let weights = parts.map(|part| part.weight.val());
+    let biases: Option<Vec<Tensor<1>>> = parts
+        .iter()
+        .map(|part| part.bias.as_ref().map(|bias| bias.val()))
+        .collect();
+    let bias = biases.map(|biases| Tensor::cat(biases, 0));
+    ops::linear(x, Tensor::cat(weights.to_vec(), 1), bias)
 }

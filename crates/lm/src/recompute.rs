@@ -26,7 +26,7 @@ use crate::trainable::trained_from;
 /// let model = Transformer::init(config, 7, &Device::default()).unwrap().train();
 /// let batch = CompletionBatch::new(&[(&[3, 4], &[5, 6, 1])], &model.device());
 /// let checkpointed = model.checkpointed(&batch);
-/// let scored = batch.scored(model.head(checkpointed.hidden()), false);
+/// let scored = model.score_hidden(&batch, checkpointed.hidden(), false);
 /// let loss = -scored.flat.mean();
 /// let mut parts = 0;
 /// checkpointed.backward(&model, &loss, |_gradients| parts += 1);
@@ -58,7 +58,7 @@ impl Transformer {
         // On the same device, so that the operations are those that run on the way back, to the
         // bit; a device without a graph has others for some.
         let plain = self.clone().no_grad();
-        let turn = plain.rotation(&layout, &ids.device());
+        let turns = plain.turns(&layout);
         let (first, embedding) = trained_from(&self.parameter_list(), self.config().n_layers);
         let mut x = plain.embedded(ids.clone(), &layout);
         let mut inputs = Vec::new();
@@ -66,7 +66,7 @@ impl Transformer {
             if layer >= first {
                 inputs.push(x.clone());
             }
-            x = block.forward(x, self.config(), &layout, turn.as_ref(), None);
+            x = block.forward(x, self.config(), &layout, turns.as_ref(), None);
         }
         let top = x.detach().require_grad();
         let hidden = self.normalised(top.clone()).select(0, sources);
@@ -104,7 +104,7 @@ impl Checkpointed {
         let mut signal = self.top.grad_remove(&mut gradients);
         each(gradients);
         drop(self.top);
-        let turn = model.rotation(&self.layout, &self.ids.device());
+        let turns = model.turns(&self.layout);
         for (index, input) in self.inputs.into_iter().enumerate().rev() {
             let Some(above) = signal.take() else { return };
             let mut x = input;
@@ -114,7 +114,13 @@ impl Checkpointed {
                 x = x.require_grad();
             }
             let block = &model.blocks[self.first + index];
-            let y = block.forward(x.clone(), model.config(), &self.layout, turn.as_ref(), None);
+            let y = block.forward(
+                x.clone(),
+                model.config(),
+                &self.layout,
+                turns.as_ref(),
+                None,
+            );
             let mut gradients = (y * Tensor::from_inner(above)).sum().backward();
             signal = x.grad_remove(&mut gradients);
             each(gradients);

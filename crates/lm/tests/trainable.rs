@@ -106,7 +106,7 @@ fn whole(model: &Transformer) -> (f32, BTreeMap<String, Vec<f32>>) {
 fn recomputed(model: &Transformer) -> (f32, BTreeMap<String, Vec<f32>>) {
     let batch = batch(&model.device());
     let checkpointed = model.checkpointed(&batch);
-    let scored = batch.scored(model.head(checkpointed.hidden()), false);
+    let scored = model.score_hidden(&batch, checkpointed.hidden(), false);
     let loss = -scored.flat.mean();
     let mut sums = Sums::default();
     checkpointed.backward(model, &loss, |gradients| sums.add(model, gradients));

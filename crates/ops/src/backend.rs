@@ -3,6 +3,7 @@
 use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Backend, backend_extension};
 
+use crate::AdamWStep;
 use crate::composed;
 
 /// The operations on a backend's own tensors. The functions of this crate check shapes; these trust
@@ -25,17 +26,76 @@ pub trait Ops: Backend {
     }
 
     /// [`swiglu`](crate::swiglu).
-    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        composed::swiglu::<Self>(gate, up)
+    fn swiglu(joined: FloatTensor<Self>) -> FloatTensor<Self> {
+        composed::swiglu::<Self>(joined)
     }
 
-    /// The gradients of [`swiglu`](crate::swiglu) with respect to its gate and its other factor.
-    fn swiglu_backward(
-        gate: FloatTensor<Self>,
-        up: FloatTensor<Self>,
+    /// The gradient of [`swiglu`](crate::swiglu).
+    fn swiglu_backward(joined: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        composed::swiglu_backward::<Self>(joined, grad)
+    }
+
+    /// [`linear`](crate::linear) without a bias.
+    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        composed::project::<Self>(x, weight)
+    }
+
+    /// [`linear`](crate::linear) with a bias.
+    fn project_with_bias(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        composed::project_with_bias::<Self>(x, weight, bias)
+    }
+
+    /// The gradient of a linear layer with respect to its input: `g wᵀ`.
+    fn project_backward_input(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        composed::project_backward_input::<Self>(grad, weight)
+    }
+
+    /// The gradient of a linear layer with respect to its weight: `xᵀ g`.
+    fn project_backward_weight(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        composed::project_backward_weight::<Self>(x, grad)
+    }
+
+    /// The gradient of a linear layer with respect to its bias: the sum of the rows.
+    fn project_backward_bias(grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        composed::sum_of_rows::<Self>(grad)
+    }
+
+    /// [`rms_norm`](crate::rms_norm) of `[rows, n]`.
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
+        composed::rms_norm::<Self>(x, weight, eps)
+    }
+
+    /// The gradients of [`rms_norm`](crate::rms_norm) with respect to `x` and the weight.
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f64,
         grad: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        composed::swiglu_backward::<Self>(gate, up, grad)
+        composed::rms_norm_backward::<Self>(x, weight, eps, grad)
+    }
+
+    /// [`adamw`](crate::adamw): value, first and second moment.
+    fn adamw(
+        value: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        composed::adamw::<Self>(value, grad, (first, second), step)
+    }
+
+    /// The sum of the squares, `[1]`.
+    fn sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        composed::sum_of_squares::<Self>(x)
     }
 }
 

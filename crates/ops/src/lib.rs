@@ -19,21 +19,47 @@
 //! assert_eq!(weights.into_data().to_vec::<f32>().unwrap(), [1.0, 0.0, 0.5, 0.5]);
 //! ```
 
+mod attention;
 mod autodiff;
 mod backend;
 mod composed;
 mod exp;
 #[cfg(feature = "flex")]
 mod flex;
+mod head;
+#[cfg(feature = "flex")]
+mod host;
 
 use burn::backend::Dispatch;
-use burn::tensor::{Bool, Tensor};
+use burn::tensor::{Bool, Device, Tensor};
 
+pub use attention::{Family, Heads, Spans, Turns, attend, attention};
 pub use backend::Ops;
 pub use exp::exp;
+pub use head::{HeadOutput, head_logps};
+#[cfg(feature = "flex")]
+pub use host::HostOps;
 
 /// Whether a feature names a backend to route to. Without one, everything is composed.
 const FUSED: bool = cfg!(any(feature = "flex", feature = "wgpu", feature = "cuda"));
+
+/// Whether the processor's own version of an operation is at hand for a tensor.
+#[cfg(feature = "flex")]
+fn fused<const D: usize>(tensor: &Tensor<D>) -> bool {
+    packs(&tensor.device()) && tensor.dtype() == burn::tensor::DType::F32
+}
+
+/// Whether [`attention`] on a device takes as long for texts one after the other in one row as for a
+/// row for each: it does where it does not compute what a query may not see.
+pub fn packs(device: &Device) -> bool {
+    #[cfg(feature = "flex")]
+    return device.clone().inner() == Device::flex();
+    #[cfg(not(feature = "flex"))]
+    {
+        let _ = device;
+        false
+    }
+}
 
 /// Attention's weights, `[batch, heads, queries, keys]`: the softmax over the keys of the `scores`
 /// of the same shape, 0 wherever `hidden` is true. A query from which all is hidden weighs nothing.
@@ -60,18 +86,115 @@ pub fn masked_softmax(scores: Tensor<4>, hidden: Tensor<4, Bool>) -> Tensor<4> {
     Tensor::from_dispatch(run(scores.into_dispatch(), hidden.into_dispatch()))
 }
 
-/// `gate · σ(gate) · up`, element by element, of two tensors of one shape: the inner layer of a
-/// Llama-like MLP.
+/// `gate · σ(gate) · up`, `[rows, n]`, of `[rows, 2 n]` that holds each row's gate and then its other
+/// factor: the inner layer of a Llama-like MLP.
 ///
 /// # Panics
 ///
-/// If the shapes differ.
-pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
-    assert_eq!(gate.dims(), up.dims(), "a gate for each number");
+/// If the number of columns is odd.
+pub fn swiglu(joined: Tensor<2>) -> Tensor<2> {
+    assert_eq!(joined.dims()[1] % 2, 0, "a gate for each number");
     let run = if FUSED {
         Dispatch::swiglu
     } else {
         composed::swiglu::<Dispatch>
     };
-    Tensor::from_dispatch(run(gate.into_dispatch(), up.into_dispatch()))
+    Tensor::from_dispatch(run(joined.into_dispatch()))
+}
+
+/// `x w + b`, `[rows, outputs]`, of `x`, `[rows, inputs]`, a weight `[inputs, outputs]` and perhaps a
+/// bias `[outputs]`.
+///
+/// # Panics
+///
+/// If the shapes do not fit.
+pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
+    let [inputs, outputs] = weight.dims();
+    assert_eq!(x.dims()[1], inputs, "a row of weights for each input");
+    if !FUSED {
+        return burn::tensor::module::linear(x, weight, bias);
+    }
+    let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+    Tensor::from_dispatch(match bias {
+        None => Dispatch::project(x, weight),
+        Some(bias) => {
+            assert_eq!(bias.dims(), [outputs], "a bias for each output");
+            Dispatch::project_with_bias(x, weight, bias.into_dispatch())
+        }
+    })
+}
+
+/// `x / √(mean(x²) + eps) · weight`, over the last dimension, which `weight` has a number for each of.
+///
+/// # Panics
+///
+/// If it has not.
+pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
+    let shape = x.shape();
+    let [n] = weight.dims();
+    assert_eq!(shape[D - 1], n, "a weight for each number of a row");
+    let rows = x.reshape([shape.num_elements() / n, n]);
+    let run = if FUSED {
+        Dispatch::rms_norm
+    } else {
+        composed::rms_norm::<Dispatch>
+    };
+    let out = run(rows.into_dispatch(), weight.into_dispatch(), eps);
+    Tensor::<2>::from_dispatch(out).reshape(shape)
+}
+
+/// What one step of AdamW does to each number; Loshchilov and Hutter, arXiv 1711.05101.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWStep {
+    /// What gradients are multiplied with first: 1, or less where they are clipped.
+    pub grad_scale: f64,
+    /// The decay of the running mean of gradients.
+    pub beta1: f64,
+    /// The decay of the running mean of their squares.
+    pub beta2: f64,
+    /// The learning rate over the first mean's bias, `1 − beta1^t`.
+    pub rate: f64,
+    /// The root of the second mean's bias, `√(1 − beta2^t)`.
+    pub root_bias2: f64,
+    /// What is added to the denominator.
+    pub epsilon: f64,
+    /// What is left of a value before it moves: 1 less the weight decay.
+    pub keep: f64,
+}
+
+/// A parameter and its two moments after a step, from those before and its gradient: tensors without
+/// a graph, of one shape, which are updated where they stand if nobody else holds them.
+///
+/// # Panics
+///
+/// If the shapes differ.
+pub fn adamw<const D: usize>(
+    value: Tensor<D>,
+    grad: Tensor<D>,
+    [first, second]: [Tensor<D>; 2],
+    step: AdamWStep,
+) -> (Tensor<D>, [Tensor<D>; 2]) {
+    let dims = value.dims();
+    assert!(
+        [grad.dims(), first.dims(), second.dims()] == [dims; 3],
+        "a gradient and two moments for each number"
+    );
+    let (value, grad) = (value.into_dispatch(), grad.into_dispatch());
+    let (first, second) = (first.into_dispatch(), second.into_dispatch());
+    let (value, first, second) = if FUSED {
+        Dispatch::adamw(value, grad, first, second, step)
+    } else {
+        composed::adamw::<Dispatch>(value, grad, (first, second), step)
+    };
+    let moments = [first, second].map(Tensor::from_dispatch);
+    (Tensor::from_dispatch(value), moments)
+}
+
+/// The sum of the squares of all numbers, `[1]`.
+pub fn sum_of_squares<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+    if FUSED {
+        Tensor::from_dispatch(Dispatch::sum_of_squares(x.into_dispatch()))
+    } else {
+        x.square().sum()
+    }
 }

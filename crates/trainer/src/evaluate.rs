@@ -47,8 +47,8 @@ pub fn preference_metrics(
             &device,
         );
         let compared = compared(chunk, &batch);
-        let logits = model.completion_logits(&batch);
-        let outcome = preference_outcome(logits, &batch, &compared, objectives, beta);
+        let hidden = model.completion_hidden(&batch);
+        let outcome = preference_outcome(model, hidden, &batch, &compared, objectives, beta);
         let values = Tensor::cat(vec![outcome.loss, outcome.values], 0)
             .try_into_vec_as()
             .expect("values of a working device can be read");

@@ -293,8 +293,8 @@ pub fn preference_micro_batch(
     beta: Beta,
     activations: Activations,
 ) -> MicroBatch {
-    let (logits, checkpointed) = logits(model, batch, activations);
-    let outcome = preference_outcome(logits, batch, compared, objectives, beta);
+    let (hidden, checkpointed) = states(model, batch, activations);
+    let outcome = preference_outcome(model, hidden, batch, compared, objectives, beta);
     MicroBatch {
         loss: outcome.loss,
         names: outcome.names,
@@ -304,36 +304,40 @@ pub fn preference_micro_batch(
     }
 }
 
-/// The logits that predict each completion token, `[n_tokens, vocab]`.
-pub(crate) fn logits(
+/// The hidden states that predict each completion token, `[n_tokens, hidden]`.
+pub(crate) fn states(
     model: &Transformer,
     batch: &CompletionBatch,
     activations: Activations,
 ) -> (Tensor<2>, Option<Checkpointed>) {
     match activations {
-        Activations::Keep => (model.completion_logits(batch), None),
+        Activations::Keep => (model.completion_hidden(batch), None),
         Activations::Recompute => {
             let checkpointed = model.checkpointed(batch);
-            (model.head(checkpointed.hidden()), Some(checkpointed))
+            (checkpointed.hidden(), Some(checkpointed))
         }
     }
 }
 
-/// As [`preference_micro_batch`], from the policy's logits of completion tokens, with a graph or
-/// without.
+/// As [`preference_micro_batch`], from the policy's hidden states that predict the completion tokens,
+/// with a graph or without.
 pub(crate) fn preference_outcome(
-    logits: Tensor<2>,
+    model: &Transformer,
+    hidden: Tensor<2>,
     batch: &CompletionBatch,
     compared: &Compared,
     objectives: &Objectives,
     beta: Beta,
 ) -> PreferenceOutcome {
     let needs = objectives.needs();
+    // Few objectives look at whole distributions; the others never see a table of logits.
+    let logits = (needs.log_sum_sq_probs || needs.position_kls).then(|| model.head(hidden.clone()));
     let halves = |flat: Tensor<1>| PairTable::from_halves(batch.table(flat).values);
     let mut inputs = PairInputs {
-        log_sum_sq_probs: needs
-            .log_sum_sq_probs
-            .then(|| halves(plain(log_sum_sq_probs(logits.clone())))),
+        log_sum_sq_probs: logits
+            .clone()
+            .filter(|_| needs.log_sum_sq_probs)
+            .map(|logits| halves(plain(log_sum_sq_probs(logits)))),
         position_kls: None,
         token_weights: compared.token_weights.clone(),
         step_mask: None,
@@ -341,15 +345,19 @@ pub(crate) fn preference_outcome(
     let reference = match &compared.reference {
         Reference::Logps(logps) => logps.clone(),
         Reference::Model(reference) => {
-            let theirs = reference.completion_logits(batch);
-            if needs.position_kls {
-                let kls = position_kls(theirs.clone(), logits.clone());
+            let states = reference.completion_hidden(batch);
+            if let (true, Some(logits)) = (needs.position_kls, &logits) {
+                let kls = position_kls(reference.head(states.clone()), logits.clone());
                 inputs.position_kls = Some(halves(kls));
             }
-            PairTokens::from_halves(batch.scored(theirs, false).table).into()
+            let scored = reference.score_hidden(batch, states, false);
+            PairTokens::from_halves(scored.table).into()
         }
     };
-    let scored = batch.scored(logits, true);
+    let scored = match logits {
+        Some(logits) => batch.scored(logits, true),
+        None => model.score_hidden(batch, hidden, true),
+    };
     let loss_of = |table: TokenLogps, inputs: PairInputs| {
         let pairs = PairBatch {
             policy: PairTokens::from_halves(table),
@@ -505,8 +513,8 @@ pub fn sft_micro_batch(
     batch: &CompletionBatch,
     activations: Activations,
 ) -> MicroBatch {
-    let (logits, checkpointed) = logits(model, batch, activations);
-    let scored = batch.scored(logits, true);
+    let (hidden, checkpointed) = states(model, batch, activations);
+    let scored = model.score_hidden(batch, hidden, true);
     let stats = scored.stats.expect("the statistics were asked for");
     MicroBatch {
         loss: -scored.flat.mean(),

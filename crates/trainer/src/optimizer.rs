@@ -9,6 +9,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use lm::Transformer;
 use lm::weights::HostTensor;
+use ops::AdamWStep;
 
 use crate::recipe::OptimizerRecipe;
 
@@ -55,7 +56,7 @@ impl FlatGradients {
         let squares: Vec<Tensor<1>> = self
             .by_path
             .values()
-            .map(|gradient| gradient.clone().square().sum())
+            .map(|gradient| ops::sum_of_squares(gradient.clone()))
             .collect();
         if squares.is_empty() {
             return 0.0;
@@ -128,27 +129,22 @@ impl AdamW {
     pub fn step(
         &mut self,
         model: Transformer,
-        mut gradients: FlatGradients,
+        gradients: FlatGradients,
         norm: f64,
         learning_rate: f64,
     ) -> Transformer {
         self.steps += 1;
         // Added to the norm as in PyTorch, so that a zero gradient divides by no zero.
         const CLIP_EPSILON: f64 = 1e-6;
+        let mut grad_scale = 1.0;
         if self.max_grad_norm > 0.0 {
-            let scale = self.max_grad_norm / (norm + CLIP_EPSILON);
-            if scale < 1.0 {
-                gradients.by_path = gradients
-                    .by_path
-                    .into_iter()
-                    .map(|(path, gradient)| (path, gradient.mul_scalar(scale)))
-                    .collect();
-            }
+            grad_scale = (self.max_grad_norm / (norm + CLIP_EPSILON)).min(1.0);
         }
         let mut mapper = Update {
             path: Vec::new(),
             optimizer: self,
             gradients,
+            grad_scale,
             learning_rate,
         };
         model.map(&mut mapper)
@@ -213,6 +209,7 @@ struct Update<'a> {
     path: Vec<String>,
     optimizer: &'a mut AdamW,
     gradients: FlatGradients,
+    grad_scale: f64,
     learning_rate: f64,
 }
 
@@ -231,41 +228,32 @@ impl ModuleMapper for Update<'_> {
             return param;
         };
         let adam = &mut *self.optimizer;
-        let (first, second) = match adam.moments.remove(&path) {
-            Some((first, second)) => (
-                first.mul_scalar(adam.beta1) + gradient.clone().mul_scalar(1.0 - adam.beta1),
-                second.mul_scalar(adam.beta2) + gradient.square().mul_scalar(1.0 - adam.beta2),
-            ),
-            None => (
-                gradient.clone().mul_scalar(1.0 - adam.beta1),
-                gradient.square().mul_scalar(1.0 - adam.beta2),
-            ),
-        };
+        let moments = adam.moments.remove(&path).unwrap_or_else(|| {
+            let zeros = gradient.zeros_like();
+            (zeros.clone(), zeros)
+        });
         let steps = i32::try_from(adam.steps).unwrap_or(i32::MAX);
-        let bias1 = 1.0 - adam.beta1.powi(steps);
-        let bias2 = 1.0 - adam.beta2.powi(steps);
-        let denominator = second
-            .clone()
-            .sqrt()
-            .div_scalar(bias2.sqrt())
-            .add_scalar(adam.epsilon);
-        let change = first.clone().mul_scalar(self.learning_rate / bias1) / denominator;
-        adam.moments.insert(path, (first, second));
-        // Biases and norms have one dimension; they are never decayed.
-        let keep = if D == 2 {
-            1.0 - self.learning_rate * adam.weight_decay
-        } else {
-            1.0
+        let step = AdamWStep {
+            grad_scale: self.grad_scale,
+            beta1: adam.beta1,
+            beta2: adam.beta2,
+            rate: self.learning_rate / (1.0 - adam.beta1.powi(steps)),
+            root_bias2: (1.0 - adam.beta2.powi(steps)).sqrt(),
+            epsilon: adam.epsilon,
+            // Biases and norms have one dimension; they are never decayed.
+            keep: if D == 2 {
+                1.0 - self.learning_rate * adam.weight_decay
+            } else {
+                1.0
+            },
         };
         param.map(|value| {
             let shape = value.shape();
-            let value = value.inner();
-            let value = if keep < 1.0 {
-                value.mul_scalar(keep)
-            } else {
-                value
-            };
-            Tensor::from_inner(value - change.reshape(shape)).require_grad()
+            let value = value.inner().reshape(gradient.shape());
+            let (value, [first, second]) =
+                ops::adamw(value, gradient, [moments.0, moments.1], step);
+            adam.moments.insert(path, (first, second));
+            Tensor::from_inner(value.reshape(shape)).require_grad()
         })
     }
 }

@@ -4,10 +4,10 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use dpo_loss::{Beta, UnpairedBatch, UnpairedObjective, kl_estimate};
 use lm::data::{LabelledExample, PreferencePair};
-use lm::{CompletionBatch, Transformer};
+use lm::{CompletionBatch, Scored, Transformer};
 use serde_json::{Map, Value};
 
-use crate::learner::{Activations, MicroBatch, logits, plain};
+use crate::learner::{Activations, MicroBatch, plain, states};
 use crate::reference::ReferenceLogps;
 use crate::workers::Workers;
 
@@ -83,8 +83,9 @@ impl<'a> Labelled<'a> {
         let device = model.valid().device();
         let batch = self.batch(indices, false, &device);
         let kl = self.kl(&model.valid(), indices, objective, &device);
-        let (logits, checkpointed) = logits(model, &batch, activations);
-        let (loss, values) = self.outcome(logits, &batch, indices, kl, (objective, beta));
+        let (hidden, checkpointed) = states(model, &batch, activations);
+        let scored = model.score_hidden(&batch, hidden, true);
+        let (loss, values) = self.outcome(scored, indices, kl, (objective, beta));
         MicroBatch {
             loss,
             names: UNPAIRED_METRICS.to_vec(),
@@ -108,8 +109,8 @@ impl<'a> Labelled<'a> {
         let outcomes = workers.map(chunks.len(), |index| -> Vec<f32> {
             let batch = self.batch(chunks[index], false, &device);
             let kl = self.kl(model, chunks[index], loss.0, &device);
-            let logits = model.completion_logits(&batch);
-            let (loss, values) = self.outcome(logits, &batch, chunks[index], kl, loss);
+            let scored = model.score(&batch, true);
+            let (loss, values) = self.outcome(scored, chunks[index], kl, loss);
             Tensor::cat(vec![loss, values], 0)
                 .try_into_vec_as()
                 .expect("values of a working device can be read")
@@ -166,14 +167,12 @@ impl<'a> Labelled<'a> {
     /// The loss, `[1]`, and the values of [`UNPAIRED_METRICS`].
     fn outcome(
         &self,
-        logits: Tensor<2>,
-        batch: &CompletionBatch,
+        scored: Scored,
         indices: &[usize],
         kl: Tensor<1>,
         (objective, beta): (&UnpairedObjective, Beta),
     ) -> (Tensor<1>, Tensor<1>) {
         let device = kl.device();
-        let scored = batch.scored(logits, true);
         let policy = scored.table.sums();
         let reference = pick(&self.own, indices, &device);
         let labels: Vec<f32> = indices

@@ -2,7 +2,7 @@
 
 use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 
-use crate::model::{SeqLayout, Transformer};
+use crate::model::{SeqLayout, Sight, Transformer};
 
 /// Keys and values of a batch of prefixes.
 ///
@@ -138,7 +138,7 @@ pub(crate) fn layout(starts: &[usize], len: usize, seq: usize, device: &Device) 
         batch,
         seq,
         positions,
-        mask,
+        sight: Sight::Past(mask),
     }
 }
 

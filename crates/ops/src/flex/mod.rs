@@ -1,13 +1,24 @@
 //! The operations on Burn's CPU backend: f32 in vector registers, other types composed.
 
-use burn::backend::Flex;
-use burn::backend::TensorMetadata;
-use burn::backend::flex::{FlexTensor, Layout};
+mod adamw;
+mod attention;
+mod gemm;
+mod head;
+mod linear;
+mod memory;
+mod norm;
+mod swiglu;
+
 use burn::backend::tensor::{BoolTensor, FloatTensor};
-use burn::tensor::{Bytes, DType};
+use burn::backend::{Flex, TensorMetadata};
+use burn::tensor::DType;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+pub(crate) use self::attention::{attention, attention_backward};
+pub(crate) use self::head::{Kept, head, head_backward};
+use self::memory::{own, values};
+use crate::AdamWStep;
 use crate::backend::Ops;
 use crate::composed;
 use crate::exp::exp;
@@ -60,69 +71,100 @@ impl Ops for Flex {
         grad
     }
 
-    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        if gate.dtype() != DType::F32 {
-            return composed::swiglu::<Self>(gate, up);
+    fn swiglu(joined: FloatTensor<Self>) -> FloatTensor<Self> {
+        if joined.dtype() != DType::F32 {
+            return composed::swiglu::<Self>(joined);
         }
-        let up = up.to_contiguous();
-        let up = values(&up);
-        let mut gate = own(gate);
-        in_pieces(gate.storage_mut(), 1, |first, gate| {
-            let up = &up[first..][..gate.len()];
-            Arch::new().dispatch(SwiGlu { gate, up });
-        });
-        gate
+        swiglu::swiglu(&joined)
     }
 
-    fn swiglu_backward(
-        gate: FloatTensor<Self>,
-        up: FloatTensor<Self>,
+    fn swiglu_backward(joined: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        if joined.dtype() != DType::F32 {
+            return composed::swiglu_backward::<Self>(joined, grad);
+        }
+        swiglu::swiglu_backward(&joined, &grad)
+    }
+
+    fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        if x.dtype() != DType::F32 {
+            return composed::project::<Self>(x, weight);
+        }
+        linear::linear(&x, &weight, None)
+    }
+
+    fn project_with_bias(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        bias: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        if x.dtype() != DType::F32 {
+            return composed::project_with_bias::<Self>(x, weight, bias);
+        }
+        linear::linear(&x, &weight, Some(&bias))
+    }
+
+    fn project_backward_input(
+        grad: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        if grad.dtype() != DType::F32 {
+            return composed::project_backward_input::<Self>(grad, weight);
+        }
+        linear::backward_input(&grad, &weight)
+    }
+
+    fn project_backward_weight(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        if grad.dtype() != DType::F32 {
+            return composed::project_backward_weight::<Self>(x, grad);
+        }
+        linear::backward_weight(&x, &grad)
+    }
+
+    fn project_backward_bias(grad: FloatTensor<Self>) -> FloatTensor<Self> {
+        if grad.dtype() != DType::F32 {
+            return composed::sum_of_rows::<Self>(grad);
+        }
+        linear::backward_bias(&grad)
+    }
+
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self> {
+        if x.dtype() != DType::F32 {
+            return composed::rms_norm::<Self>(x, weight, eps);
+        }
+        norm::rms_norm(&x, &weight, eps as f32)
+    }
+
+    fn rms_norm_backward(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f64,
         grad: FloatTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
-        if grad.dtype() != DType::F32 {
-            return composed::swiglu_backward::<Self>(gate, up, grad);
+        if x.dtype() != DType::F32 {
+            return composed::rms_norm_backward::<Self>(x, weight, eps, grad);
         }
-        let (gate, up) = (gate.to_contiguous(), up.to_contiguous());
-        let (gate, up) = (values(&gate), values(&up));
-        let shape = grad.shape();
-        // The gradient becomes that of the gate, where it stands.
-        let mut for_gate = own(grad);
-        let mut for_up = vec![0.0_f32; gate.len()];
-        for_gate
-            .storage_mut::<f32>()
-            .par_chunks_mut(PIECE)
-            .zip(for_up.par_chunks_mut(PIECE))
-            .zip(gate.par_chunks(PIECE).zip(up.par_chunks(PIECE)))
-            .for_each(|((grad, for_up), (gate, up))| {
-                Arch::new().dispatch(SwiGluBackward {
-                    gate,
-                    up,
-                    grad,
-                    for_up,
-                });
-            });
-        let for_up = Bytes::from_elems(for_up);
-        let for_up = FlexTensor::new(for_up, Layout::contiguous(shape), DType::F32);
-        (for_gate, for_up)
+        norm::rms_norm_backward(&x, &weight, eps as f32, &grad)
     }
-}
 
-/// A tensor that fills its memory, in order. Writing to it copies what others hold too.
-fn own(tensor: FlexTensor) -> FlexTensor {
-    let tensor = tensor.to_contiguous();
-    let whole = tensor.storage::<f32>().len();
-    if tensor.layout().contiguous_offsets() == Some((0, whole)) {
-        return tensor;
+    fn adamw(
+        value: FloatTensor<Self>,
+        grad: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        if value.dtype() != DType::F32 {
+            return composed::adamw::<Self>(value, grad, (first, second), step);
+        }
+        adamw::adamw(value, &grad, (first, second), step)
     }
-    let copy = Bytes::from_elems(values(&tensor).to_vec());
-    FlexTensor::new(copy, Layout::contiguous(tensor.shape()), DType::F32)
-}
 
-/// What a contiguous tensor of f32 holds.
-fn values(tensor: &FlexTensor) -> &[f32] {
-    tensor
-        .as_slice()
-        .expect("a contiguous tensor of the type that was asked for")
+    fn sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        if x.dtype() != DType::F32 {
+            return composed::sum_of_squares::<Self>(x);
+        }
+        memory::tensor(vec![adamw::sum_of_squares(&x) as f32], [1])
+    }
 }
 
 /// Gives `work` whole rows at a time, and the place of the first of them, on all threads.
@@ -179,6 +221,38 @@ impl WithSimd for MaskedSoftmax<'_> {
             rest.fill(0.0);
             softmax(scores, &hidden[..scores.len()]);
         }
+    }
+}
+
+/// Weights of a row of which nothing is hidden, in place of its scores.
+#[inline(always)]
+fn softmax_of_row(scores: &mut [f32]) {
+    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
+    let mut highest = [f32::NEG_INFINITY; LANES];
+    for scores in chunks.iter() {
+        for (highest, &score) in highest.iter_mut().zip(scores) {
+            *highest = if score > *highest { score } else { *highest };
+        }
+    }
+    let mut largest = f32::NEG_INFINITY;
+    for &score in highest.iter().chain(&*rest) {
+        largest = if score > largest { score } else { largest };
+    }
+    let mut sums = [0.0_f32; LANES];
+    for scores in chunks.iter_mut() {
+        for (sum, score) in sums.iter_mut().zip(scores) {
+            *score = exp(*score - largest);
+            *sum += *score;
+        }
+    }
+    let mut total: f32 = sums.iter().sum();
+    for score in rest.iter_mut() {
+        *score = exp(*score - largest);
+        total += *score;
+    }
+    let share = 1.0 / total;
+    for score in scores {
+        *score *= share;
     }
 }
 
@@ -257,45 +331,6 @@ impl WithSimd for SoftmaxBackward<'_> {
             for (grad, weight) in grad.iter_mut().zip(weights) {
                 *grad = weight * (*grad - mean);
             }
-        }
-    }
-}
-
-struct SwiGlu<'a> {
-    /// What comes out takes its place.
-    gate: &'a mut [f32],
-    up: &'a [f32],
-}
-
-impl WithSimd for SwiGlu<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _simd: S) {
-        for (gate, up) in self.gate.iter_mut().zip(self.up) {
-            *gate = *gate / (1.0 + exp(-*gate)) * up;
-        }
-    }
-}
-
-struct SwiGluBackward<'a> {
-    gate: &'a [f32],
-    up: &'a [f32],
-    /// Of what came out; that of the gate takes its place.
-    grad: &'a mut [f32],
-    for_up: &'a mut [f32],
-}
-
-impl WithSimd for SwiGluBackward<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _simd: S) {
-        let grads = self.grad.iter_mut().zip(self.for_up);
-        for ((&gate, &up), (grad, for_up)) in self.gate.iter().zip(self.up).zip(grads) {
-            let open = 1.0 / (1.0 + exp(-gate));
-            *for_up = *grad * gate * open;
-            *grad = *grad * up * open * gate.mul_add(1.0 - open, 1.0);
         }
     }
 }
