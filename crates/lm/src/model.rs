@@ -451,6 +451,10 @@ pub(crate) struct SeqLayout {
 
 /// Which tokens see which.
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one for each forward pass, beside tensors that are larger still"
+)]
 pub(crate) enum Sight {
     /// Each other alone.
     Within(Spans),
