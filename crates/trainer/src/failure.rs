@@ -5,6 +5,7 @@
 //! mistake of ours, and the user can do something about it.
 
 use std::any::Any;
+use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -34,35 +35,49 @@ pub struct Shortage {
     pub rows: Vec<String>,
 }
 
-/// Runs `work`; where it panics because a device has no memory, that is an error. Any other panic
-/// goes on.
+/// Runs `work`; where a device has no memory for it, whether it says so by a panic or an error of
+/// its own, that is [`TrainError::OutOfMemory`]. Any other panic goes on.
 ///
 /// The tensors that `work` was at are lost: a run ends with this error.
 ///
 /// # Errors
 ///
-/// [`TrainError::OutOfMemory`].
-pub fn within_memory<T>(
-    work: impl FnOnce() -> T,
+/// That one, or what `work` gave.
+pub fn within_memory<T, E: From<TrainError> + Display>(
+    work: impl FnOnce() -> Result<T, E>,
     shortage: impl FnOnce() -> Shortage,
-) -> Result<T, TrainError> {
+) -> Result<T, E> {
     keep_quiet();
-    catch_unwind(AssertUnwindSafe(work)).or_else(|payload| match no_memory(&said(&*payload)) {
-        Some(said) => {
-            let Shortage { place, lower, rows } = shortage();
-            Err(TrainError::OutOfMemory {
-                place,
-                said,
-                lower,
-                rows,
-            })
-        }
-        None => resume_unwind(payload),
-    })
+    let named = |said: String| {
+        let Shortage { place, lower, rows } = shortage();
+        E::from(TrainError::OutOfMemory {
+            place,
+            said,
+            lower,
+            rows,
+        })
+    };
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(result)) => Ok(result),
+        Ok(Err(error)) => match no_memory(&format!("{error:#}")) {
+            Some(said) => Err(named(said)),
+            None => Err(error),
+        },
+        Err(payload) => match no_memory(&said(&*payload)) {
+            Some(said) => Err(named(said)),
+            None => resume_unwind(payload),
+        },
+    }
 }
 
-/// The line of a message that says that a device has no memory, if one does.
-pub fn no_memory(message: &str) -> Option<String> {
+/// How [`TrainError::OutOfMemory`] says it.
+const NAMED: &str = "the device has no memory left";
+
+/// The line in which a device says that it has no memory, if one does and no place was named yet.
+fn no_memory(message: &str) -> Option<String> {
+    if message.contains(NAMED) {
+        return None;
+    }
     let mut lines = message.lines();
     let line = lines.find(|line| NO_MEMORY.iter().any(|known| line.contains(known)))?;
     Some(line.trim().to_string())
@@ -125,23 +140,48 @@ mod tests {
             lower: "`sft.batch_size`".into(),
             rows: vec!["4".into(), "7".into()],
         };
-        let error = within_memory(
-            || panic!("Error\nout of device memory allocating 12 bytes\n  0: some_function"),
-            shortage,
-        );
-        let error: Result<(), TrainError> = error;
+        let panics = || -> Result<(), TrainError> {
+            panic!("Error\nout of device memory allocating 12 bytes\n  0: some_function")
+        };
+        let error = within_memory(panics, shortage).unwrap_err().to_string();
         assert_eq!(
-            error.unwrap_err().to_string(),
+            error,
             "sft step 3, 2 batches of 8 examples: the device has no memory left (out of device \
              memory allocating 12 bytes); lower `sft.batch_size`; rows of the data, from 0: 4, 7"
         );
-        assert_eq!(within_memory(|| 3, shortage).unwrap(), 3);
+        assert!(error.contains(NAMED));
+        let fine = || Ok::<i32, TrainError>(3);
+        assert_eq!(within_memory(fine, shortage).unwrap(), 3);
+    }
+
+    #[test]
+    fn an_error_for_want_of_memory_is_named_once() {
+        let shortage = |place: &str| Shortage {
+            place: place.into(),
+            ..Shortage::default()
+        };
+        let error = within_memory(
+            || {
+                within_memory(
+                    || {
+                        anyhow::bail!(
+                            "logits could not be read: \"can't allocate buffer of size: 9\""
+                        )
+                    },
+                    || shortage("inner"),
+                )
+            },
+            || shortage("outer"),
+        );
+        let error: anyhow::Result<()> = error;
+        let error = error.unwrap_err().to_string();
+        assert!(error.starts_with("inner: "), "{error}");
     }
 
     #[test]
     fn any_other_panic_goes_on() {
-        let other =
-            catch_unwind(|| within_memory(|| panic!("index out of bounds"), Shortage::default));
+        let panics = || -> Result<(), TrainError> { panic!("index out of bounds") };
+        let other = catch_unwind(|| within_memory(panics, Shortage::default));
         assert_eq!(said(&*other.unwrap_err()), "index out of bounds");
     }
 }

@@ -51,7 +51,7 @@ mod workers;
 pub use cache::ReferenceCache;
 pub use device::{DeviceState, device, devices};
 pub use error::TrainError;
-pub use failure::{Shortage, no_memory, within_memory};
+pub use failure::{Shortage, within_memory};
 pub use learner::{
     Activations, Compared, Learner, MicroBatch, PREFERENCE_METRICS, Reference, SFT_METRICS,
     StepOutcome, pair_logps, preference_micro_batch, sft_micro_batch,

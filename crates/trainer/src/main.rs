@@ -205,8 +205,7 @@ fn main() -> ExitCode {
         lower: lower.into(),
         rows: Vec::new(),
     };
-    let result =
-        within_memory(|| run(cli.command), shortage).unwrap_or_else(|error| Err(error.into()));
+    let result = within_memory(|| run(cli.command), shortage);
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -745,7 +745,12 @@ impl Run<'_> {
         }
         let size = recipe.eval_batch_size;
         let logps = within_memory(
-            || ReferenceLogps::compute(reference, pairs, size, &self.workers, &label),
+            || {
+                let workers = &self.workers;
+                Ok::<_, TrainError>(ReferenceLogps::compute(
+                    reference, pairs, size, workers, &label,
+                ))
+            },
             || Shortage {
                 place: format!("{label}, batches of {size} pairs"),
                 lower: "`preference.eval_batch_size` or `data.max_length`".into(),

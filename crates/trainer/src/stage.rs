@@ -152,9 +152,9 @@ impl Stage<'_> {
             let step_began = Instant::now();
             let (micro, reference) = (&calls.micro, learner.reference.clone());
             let step = || {
-                learner.step(batches.len(), learning_rate, |model, index| {
+                Ok::<_, TrainError>(learner.step(batches.len(), learning_rate, |model, index| {
                     micro(model, reference.as_ref(), &batches[index])
-                })
+                }))
             };
             let outcome = within_memory(step, || self.shortage(done.step, &batches, &calls.row))?;
             if !outcome.updated {
@@ -208,7 +208,7 @@ impl Stage<'_> {
                 // Work that a device still owes from this step comes due when weights are read.
                 let save =
                     || checkpoint::save(place.checkpoints, place.saving.keep, learner, &position);
-                within_memory(save, || self.shortage(done.step - 1, &batches, &calls.row))??;
+                within_memory(save, || self.shortage(done.step - 1, &batches, &calls.row))?;
             }
         }
         done.seconds = before + began.elapsed().as_secs_f64();
@@ -278,15 +278,14 @@ impl Stage<'_> {
         evaluate: &mut impl FnMut(&Learner, usize) -> Result<Map<String, Value>, TrainError>,
     ) -> Result<(), TrainError> {
         let step = done.step;
-        let evaluated = within_memory(
+        let values = within_memory(
             || evaluate(learner, step),
             || Shortage {
                 place: format!("{} step {step}, evaluation", self.name),
                 lower: format!("`{}.eval_batch_size`", self.name),
                 rows: Vec::new(),
             },
-        );
-        let values = evaluated??;
+        )?;
         if values.is_empty() {
             return Ok(());
         }
