@@ -84,10 +84,7 @@ fn no_memory(message: &str) -> Option<String> {
 }
 
 /// Why a piece of work panicked.
-#[cfg_attr(
-    not(any(feature = "wgpu", feature = "cuda")),
-    expect(dead_code, reason = "the CPU needs no trial")
-)]
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 #[derive(Debug)]
 pub(crate) struct Failure(pub(crate) String);
 
@@ -95,10 +92,7 @@ pub(crate) struct Failure(pub(crate) String);
 static TRIED: AtomicUsize = AtomicUsize::new(0);
 
 /// Runs `work`; a panic in it is an error, of which nothing else is printed.
-#[cfg_attr(
-    not(any(feature = "wgpu", feature = "cuda")),
-    expect(dead_code, reason = "the CPU needs no trial")
-)]
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 pub(crate) fn caught<T>(work: impl FnOnce() -> T) -> Result<T, Failure> {
     keep_quiet();
     TRIED.fetch_add(1, Ordering::Relaxed);

@@ -14,7 +14,7 @@ use trainer::{
 };
 
 use super::common::testdata;
-use super::{LOGP_TOLERANCE, assert_close, on_both};
+use super::{LOGP_TOLERANCE, assert_close, devices, on_both};
 
 const LEARNING_RATE: f64 = 1e-3;
 /// What an update divided by the learning rate may be off by. With the optimizer's epsilon below
@@ -190,4 +190,18 @@ fn fine_tuning_steps_agree() {
     });
     assert_close(&cpu, &device, LOGP_TOLERANCE, "losses of three steps");
     assert!(cpu[2] < cpu[0], "three steps learn: {cpu:?}");
+}
+
+/// Kernels are chosen by their time, once for a shape and a process: after that, nothing is left to
+/// chance.
+#[test]
+fn a_step_gives_the_same_bits_again_in_the_same_process() {
+    let device = &devices()[1];
+    let run = || {
+        let model = Transformer::read(&testdata("lm/llama_tied"), device).unwrap();
+        preference_steps(model, device, Activations::Keep)
+    };
+    // The first run is that in which kernels are chosen.
+    run();
+    assert_eq!(run(), run());
 }
