@@ -78,12 +78,14 @@ class Bench:
 
     def __init__(self, args, folder):
         self.args, self.folder = args, folder
-        self.r2q_program = args.program or build()
+        self.r2q_program = args.program or build(args.device)
         threads = str(args.threads)
         self.env = os.environ | {
             "RAYON_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads,
-            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"),
+            "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"),
             "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+        if args.device == "cpu":
+            self.env["CUDA_VISIBLE_DEVICES"] = ""
         self.ceilings = {
             "r2q": self.start(self.r2q("ceilings", "--threads", args.threads)),
             "torch": self.start(self.python("peer_gemm.py")),
@@ -91,10 +93,10 @@ class Bench:
         self.cases = []
 
     def r2q(self, *arguments):
-        return [self.r2q_program, *arguments]
+        return [self.r2q_program, *arguments, "--device", self.args.device]
 
     def python(self, script, *arguments):
-        return [sys.executable, HERE / script, *arguments, "--threads", self.args.threads]
+        return [sys.executable, HERE / script, *arguments, "--threads", self.args.threads, "--device", self.args.device]
 
     def start(self, command):
         return Program(command, self.env)
@@ -160,12 +162,15 @@ class Bench:
         name = f"{args.pairs} pairs of {args.prompt} + {args.completion} tokens"
         shared = {"r2q"}
         flops = {who: useful_flops(SHAPES[shape], args, who in shared) for who in commands}
-        self.case("train", shape, name, commands, pairs=args.pairs, useful_flops=flops)
+        pair_tokens = 2 * (args.prompt + args.completion)
+        self.case("train", shape, name, commands, pairs=args.pairs, pair_tokens=pair_tokens, useful_flops=flops)
 
 
-def build():
+def build(device):
     command = ["cargo", "build", "--release", "--locked", "--package", "benches", "--example", "peer",
                "--message-format", "json-render-diagnostics"]
+    if device != "cpu":
+        command += ["--features", f"trainer/{device}"]
     messages = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     built = (json.loads(line) for line in messages.splitlines())
     return next(found["executable"] for found in built if found.get("executable"))
@@ -194,7 +199,7 @@ def useful_flops(shape, args, shared):
     return 3 * forward * args.pairs
 
 
-def machine(threads):
+def machine(args):
     def first_line(path, start):
         with contextlib.suppress(OSError):
             for line in Path(path).read_text().splitlines():
@@ -212,7 +217,9 @@ def machine(threads):
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": first_line("/proc/cpuinfo", "model name") or platform.processor(),
         "vector_units": [flag for flag in ("avx2", "fma", "avx512f") if flag in flags],
-        "cores": os.cpu_count(), "threads": threads, "load_before": os.getloadavg()[0],
+        "card": output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+        if args.device == "cuda" else None,
+        "cores": os.cpu_count(), "threads": args.threads, "load_before": os.getloadavg()[0],
         "system": platform.platform(), "python": platform.python_version(),
         "rustc": output("rustc", "--version"), "commit": output("git", "describe", "--always", "--dirty"),
     }
@@ -241,7 +248,10 @@ def ceiling(case, who, key):
 
 
 def megabytes(case, who):
-    return f"{case['programs'][who]['peak_bytes'] / 1e6:,.0f}"
+    """Peak memory of the process; on a card, of the card where the program tells it."""
+    on_card = [answers["programs"][who].get("device_bytes") for answers in case["rounds"]]
+    most = max((held for held in on_card if held is not None), default=case["programs"][who]["peak_bytes"])
+    return f"{most / 1e6:,.0f}"
 
 
 def decode_tables(cases):
@@ -281,6 +291,7 @@ def train_tables(cases):
         best_gemm = [max(pair) for pair in zip(ceiling(case, "r2q", "gemm_gflops"),
                                                ceiling(case, "torch", "gemm_gflops"))]
         rows = []
+        tokens = case["pairs"] * case["pair_tokens"]
         ours = seconds(case, "r2q")
         first = [answers["programs"]["r2q"]["loss"] for answers in case["rounds"]]
         for who in case["programs"]:
@@ -288,10 +299,10 @@ def train_tables(cases):
             useful = [case["useful_flops"][who] / s / 1e9 for s in theirs]
             losses = [answers["programs"][who]["loss"] for answers in case["rounds"]]
             off = max(abs(a - b) / abs(a) for a, b in zip(first, losses))
-            rows.append([who, spread([case["pairs"] / s for s in theirs]),
+            rows.append([who, spread([case["pairs"] / s for s in theirs]), spread([tokens / s for s in theirs]),
                          "" if who == "r2q" else spread([b / a for a, b in zip(ours, theirs)], 2), megabytes(case, who),
                          spread(useful), spread([100 * a / b for a, b in zip(useful, best_gemm)]), f"{off:.0e}"])
-        yield table(["trainer", "pairs/s", "r2q is faster by", "peak MB", "useful GFLOP/s", "of the gemm rate, %",
+        yield table(["trainer", "pairs/s", "tokens/s", "r2q is faster by", "peak MB", "useful GFLOP/s", "of the gemm rate, %",
                      "loss differs by, relative"], rows)
 
 
@@ -300,7 +311,8 @@ def tables(results):
     about, cases = results["machine"], results["cases"]
     versions = {name: value for case in cases for facts in case["programs"].values()
                 for name, value in facts.items() if name in ("torch", "transformers", "trl")}
-    yield (f"{about['processor']} ({', '.join(about['vector_units'])}), {about['threads']} threads of "
+    card = f"{about['card']}, " if about.get("card") else ""
+    yield (f"{card}{about['processor']} ({', '.join(about['vector_units'])}), {about['threads']} threads of "
            f"{about['cores']} cores, load before {about['load_before']:.1f}, {about['date']}, commit "
            f"{about['commit']}, {about['rustc']}, " + ", ".join(f"{n} {v}" for n, v in versions.items())
            + f". Medians of {results['repetitions']} rounds (least to most).")
@@ -321,6 +333,7 @@ def main():
     parser.add_argument("suites", nargs="*", metavar="decode|train", help="default: both")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds of each case")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where every program computes")
     parser.add_argument("--model", type=Path, action="append", default=[],
                         help="decode with the model of this Hugging Face folder too")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small", "large"], help="shapes to train")
@@ -339,7 +352,7 @@ def main():
     if args.tables:
         results = json.loads(args.tables.read_text())
     else:
-        about = machine(args.threads)
+        about = machine(args)
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(args, Path(folder))
             results = {"machine": about, "repetitions": args.repetitions, "cases": bench.cases}

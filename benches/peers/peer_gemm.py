@@ -8,16 +8,18 @@ import torch
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--threads", type=int, required=True)
+parser.add_argument("--device", default="cpu")
 parser.add_argument("--size", type=int, default=2048)
 args = parser.parse_args()
 
 torch.set_num_threads(args.threads)
-a, b, out = (torch.randn(args.size, args.size) for _ in range(3))
+a, b, out = (torch.randn(args.size, args.size, device=args.device) for _ in range(3))
 
 
 def seconds():
     began = time.perf_counter()
     torch.mm(a, b, out=out)
+    protocol.finish(args.device)
     return time.perf_counter() - began
 
 

@@ -16,7 +16,7 @@ EOS, PAD = 2, 0
 
 def run_loop(model, pairs, args):
     """Chosen and rejected completions in one batch; the head runs on the positions before completion tokens alone."""
-    prompts, chosen, rejected = (torch.tensor(part) for part in zip(*pairs))
+    prompts, chosen, rejected = (torch.tensor(part, device=args.device) for part in zip(*pairs))
     completions = torch.cat([chosen, rejected])
     ids = torch.cat([prompts.repeat(2, 1), completions], dim=1)
     before = slice(prompts.shape[1] - 1, -1)
@@ -40,7 +40,8 @@ def run_loop(model, pairs, args):
         optimizer.step()
         optimizer.zero_grad()
         loss = loss.item()
-        return {"seconds": time.perf_counter() - began, "loss": loss}
+        protocol.finish(args.device)
+        return {"seconds": time.perf_counter() - began, "loss": loss, **protocol.held(args.device)}
 
     protocol.serve(run, args.warm_up, torch=torch.__version__)
 
@@ -71,6 +72,7 @@ def run_trl(model, pairs, args):
         """From log to log is a whole step with everything that belongs to it; between them the driver has its turn."""
 
         def on_log(self, _args, state, control, logs=None, **_):
+            protocol.finish(args.device)
             now = time.perf_counter()
             step = state.global_step - args.warm_up
             if "loss" not in logs or step < 0:
@@ -78,7 +80,7 @@ def run_trl(model, pairs, args):
             if step == 0:
                 protocol.answer(torch=torch.__version__, transformers=transformers.__version__, trl=trl.__version__)
             else:
-                protocol.answer(seconds=now - self.began, loss=logs["loss"])
+                protocol.answer(seconds=now - self.began, loss=logs["loss"], **protocol.held(args.device))
             control.should_training_stop = not protocol.asked()
             self.began = time.perf_counter()
 
@@ -87,7 +89,7 @@ def run_trl(model, pairs, args):
             output_dir=folder, per_device_train_batch_size=len(pairs), max_steps=100_000, beta=args.beta,
             learning_rate=args.learning_rate, lr_scheduler_type="constant", precompute_ref_log_probs=True,
             gradient_checkpointing=False, bf16=False, max_length=None, train_sampling_strategy="sequential",
-            use_cpu=True, dataloader_pin_memory=False, logging_steps=1, save_strategy="no", report_to="none",
+            use_cpu=args.device == "cpu", dataloader_pin_memory=False, logging_steps=1, save_strategy="no", report_to="none",
             disable_tqdm=True)
         trainer = trl.DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Turns()])
         for row, (prompt, chosen, rejected) in zip(trainer.train_dataset, pairs):
@@ -104,10 +106,11 @@ if __name__ == "__main__":
     parser.add_argument("--learning-rate", type=float, required=True)
     parser.add_argument("--warm-up", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         args.model, dtype=torch.float32, attn_implementation="sdpa")
-    model.train()
+    model.to(args.device).train()
     with open(args.pairs) as file:
         {"loop": run_loop, "trl": run_trl}[args.trainer](model, json.load(file), args)

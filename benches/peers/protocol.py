@@ -21,6 +21,21 @@ def asked():
     return line == "run\n"
 
 
+def finish(device):
+    """Waits until a card has done what it was given."""
+    if device != "cpu":
+        import torch
+        torch.cuda.synchronize()
+
+
+def held(device):
+    """The most bytes that torch has held on a card."""
+    if device == "cpu":
+        return {}
+    import torch
+    return {"device_bytes": torch.cuda.max_memory_reserved()}
+
+
 def serve(run, warm_up, **facts):
     for _ in range(warm_up):
         run()

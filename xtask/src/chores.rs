@@ -31,7 +31,7 @@ pub(crate) fn fixtures(names: &[OsString]) -> anyhow::Result<ExitCode> {
     let scripts = chosen(names)?;
     let folder = root().join("testdata");
     let python = std::env::var_os("PYTHON").unwrap_or_else(|| "python3".into());
-    let missing = match imports(&python) {
+    let missing = match imports(&python, PACKAGES) {
         Ok(missing) => missing,
         Err(error) => format!("`{}` does not start: {error}", python.display()),
     };
@@ -68,10 +68,10 @@ fn chosen(names: &[OsString]) -> anyhow::Result<Vec<&'static str>> {
         .collect())
 }
 
-/// What the interpreter says of the first package that it lacks; nothing if it has all.
-fn imports(python: &OsStr) -> std::io::Result<String> {
+/// What the interpreter says of the first of the packages that it lacks; nothing if it has all.
+pub(crate) fn imports(python: &OsStr, packages: &str) -> std::io::Result<String> {
     let output = Command::new(python)
-        .args(["-c", &format!("import {PACKAGES}")])
+        .args(["-c", &format!("import {packages}")])
         .stdout(Stdio::null())
         .output()?;
     if output.status.success() {
@@ -118,7 +118,8 @@ pub(crate) fn book(args: &[OsString]) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn succeed(command: &mut Command) -> anyhow::Result<ExitCode> {
+/// Runs a command that must end well.
+pub(crate) fn succeed(command: &mut Command) -> anyhow::Result<ExitCode> {
     let name = command.get_program().to_string_lossy().into_owned();
     let status = command
         .status()

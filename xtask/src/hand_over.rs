@@ -11,13 +11,15 @@ use anyhow::{Context, bail};
 /// The program keeps the current directory, so that relative paths mean what the user typed.
 pub(crate) fn hand_over(args: &[OsString]) -> anyhow::Result<ExitCode> {
     let feature = feature(&device(args))?;
-    let program = program()?;
+    let profile = Profile::of_the_environment()?;
+    let program = program(&profile)?;
     if !program.exists() {
         eprintln!("building r2q; the first time takes minutes");
     }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let built = Command::new(cargo)
-        .args(["build", "--release", "--package", "trainer", "--bin", "r2q"])
+        .args(["build", profile.flag])
+        .args(["--package", "trainer", "--bin", "r2q"])
         .args(["--features", feature])
         .arg("--manifest-path")
         .arg(crate::root().join("Cargo.toml"))
@@ -56,17 +58,43 @@ fn feature(device: &str) -> anyhow::Result<&'static str> {
     }
 }
 
-/// Where cargo puts the program: in `release/`, beside the folder that this one is in.
+/// How the program is built: optimised for runs, or as tests are, which CI has built already.
+struct Profile {
+    /// What cargo takes.
+    flag: &'static str,
+    /// The folder of what was built, in the target directory.
+    folder: &'static str,
+}
+
+impl Profile {
+    /// `release`, unless the variable `R2Q_PROFILE` says `dev`.
+    fn of_the_environment() -> anyhow::Result<Self> {
+        let named = std::env::var("R2Q_PROFILE").unwrap_or_else(|_| "release".into());
+        match &named[..] {
+            "release" => Ok(Self {
+                flag: "--release",
+                folder: "release",
+            }),
+            "dev" => Ok(Self {
+                flag: "--profile=dev",
+                folder: "debug",
+            }),
+            _ => bail!("R2Q_PROFILE: expected `release` or `dev`, got `{named}`"),
+        }
+    }
+}
+
+/// Where cargo puts the program: in the profile's folder, beside or at the one that this is in.
 ///
 /// That holds wherever the user has cargo's target directory, and needs no second question to it.
-fn program() -> anyhow::Result<PathBuf> {
+fn program(profile: &Profile) -> anyhow::Result<PathBuf> {
     let this = std::env::current_exe().context("finding this program's own path")?;
     let target = this
         .parent()
         .and_then(Path::parent)
         .with_context(|| format!("{}: not in a target directory of cargo", this.display()))?;
     let name = format!("r2q{}", std::env::consts::EXE_SUFFIX);
-    Ok(target.join("release").join(name))
+    Ok(target.join(profile.folder).join(name))
 }
 
 /// Runs the program in place of this one, so that signals and its exit code are its own.

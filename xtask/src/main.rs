@@ -5,6 +5,7 @@
 //! `r2q` in the release profile, and hands over to it with the arguments as they came.
 
 mod chores;
+mod gpu_check;
 mod hand_over;
 
 use std::ffi::OsString;
@@ -18,7 +19,7 @@ use anyhow::{Context, bail};
 type Described = (&'static str, &'static str);
 
 /// Commands of the `r2q` program.
-const PROGRAM: [Described; 7] = [
+const PROGRAM: [Described; 8] = [
     (
         "train",
         "train a policy from preferences; with no arguments, on the embedded memo task",
@@ -44,16 +45,24 @@ const PROGRAM: [Described; 7] = [
         "reproduce",
         "run an experiment on a claim of the paper: credit",
     ),
+    (
+        "devices",
+        "list what this machine and build can compute on, and what others lack",
+    ),
 ];
 
 /// Commands of this program.
-const CHORES: [Described; 3] = [
+const CHORES: [Described; 4] = [
     ("ci", "run what CI runs: .ci/run"),
     (
         "fixtures",
         "remake the golden files under testdata/ with the peers' Python packages",
     ),
     ("book", "build the book, docs/, with mdBook"),
+    (
+        "gpu-check",
+        "run what needs an NVIDIA card: parity, quality, speed beside the peers",
+    ),
 ];
 
 fn main() -> ExitCode {
@@ -74,6 +83,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<ExitCode> {
         "ci" => chores::ci(),
         "fixtures" => chores::fixtures(rest),
         "book" => chores::book(rest),
+        "gpu-check" => gpu_check::gpu_check(rest),
         name if PROGRAM.iter().any(|(known, _)| *known == name) => hand_over::hand_over(&args),
         name => bail!(
             "no command `{name}`; did you mean `{}`? `cargo xtask` alone lists all",

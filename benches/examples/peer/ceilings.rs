@@ -21,10 +21,13 @@ pub(crate) struct Ceilings {
     /// Threads that read, each its own part.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Where to multiply.
+    #[arg(long, default_value = "cpu")]
+    device: String,
 }
 
 pub(crate) fn serve(case: &Ceilings) -> anyhow::Result<()> {
-    let device = trainer::device("cpu")?;
+    let device = trainer::device(&case.device)?;
     let matrix = || {
         let normal = Distribution::Normal(0.0, 1.0);
         Tensor::<2>::random([case.size, case.size], normal, &device)

@@ -25,6 +25,9 @@ struct Task {
     /// Runs before the first that counts.
     #[arg(long, default_value_t = 1)]
     warm_up: usize,
+    /// Where to compute.
+    #[arg(long, default_value = "cpu")]
+    device: String,
 }
 
 #[derive(Debug, Args)]
@@ -89,7 +92,10 @@ fn serve_texts(
     crate::serve(&facts(model), case.task.warm_up, || {
         let began = Instant::now();
         let ids = texts()?;
-        Ok(json!({ "seconds": began.elapsed().as_secs_f64(), "ids": ids }))
+        let seconds = began.elapsed().as_secs_f64();
+        let usage = model.device().memory_pool_usage();
+        let held = usage.map(|usage| usage.bytes_reserved);
+        Ok(json!({ "seconds": seconds, "ids": ids, "device_bytes": held }))
     })
 }
 
@@ -128,12 +134,15 @@ pub(crate) fn serve_tree_search(case: &TreeSearch) -> anyhow::Result<()> {
 
 impl Task {
     fn read(&self) -> anyhow::Result<(Transformer, Vec<Vec<u32>>)> {
-        Ok((read_model(&self.model)?, crate::read_json(&self.prompts)?))
+        Ok((
+            read_model(&self.model, &self.device)?,
+            crate::read_json(&self.prompts)?,
+        ))
     }
 }
 
-pub(crate) fn read_model(folder: &Path) -> anyhow::Result<Transformer> {
-    Ok(Transformer::read(folder, &trainer::device("cpu")?)?)
+pub(crate) fn read_model(folder: &Path, device: &str) -> anyhow::Result<Transformer> {
+    Ok(Transformer::read(folder, &trainer::device(device)?)?)
 }
 
 /// Weights that a token cannot be computed without reading, which is all but an embedding table

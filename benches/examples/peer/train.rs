@@ -34,12 +34,15 @@ pub(crate) struct Train {
     /// Steps before the first that counts.
     #[arg(long)]
     warm_up: usize,
+    /// Where to compute.
+    #[arg(long, default_value = "cpu")]
+    device: String,
 }
 
 type Pair = (Vec<u32>, Vec<u32>, Vec<u32>);
 
 pub(crate) fn serve(case: &Train) -> anyhow::Result<()> {
-    let model = crate::decode::read_model(&case.model)?;
+    let model = crate::decode::read_model(&case.model, &case.device)?;
     let device = model.device();
     let pairs: Vec<Pair> = crate::read_json(&case.pairs)?;
     ensure!(
@@ -70,7 +73,7 @@ pub(crate) fn serve(case: &Train) -> anyhow::Result<()> {
     };
     let (objectives, beta) = (Objectives::default(), Beta::new(case.beta)?);
     let mut learner = Learner::new(model.clone(), AdamW::new(&optimizer))
-        .with_workers(Workers::new(case.workers));
+        .with_workers(Workers::on(&device, case.workers));
     crate::serve(&json!({}), case.warm_up, || {
         let began = Instant::now();
         let outcome = learner.step(parts.len(), case.learning_rate, |model, index| {
@@ -88,7 +91,9 @@ pub(crate) fn serve(case: &Train) -> anyhow::Result<()> {
             )
         });
         device.sync()?;
-        Ok(json!({ "seconds": began.elapsed().as_secs_f64(), "loss": outcome.loss }))
+        let seconds = began.elapsed().as_secs_f64();
+        let held = device.memory_pool_usage().map(|usage| usage.bytes_reserved);
+        Ok(json!({ "seconds": seconds, "loss": outcome.loss, "device_bytes": held }))
     })
 }
 

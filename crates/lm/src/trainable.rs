@@ -198,13 +198,14 @@ pub(crate) fn trained_from(list: &[ParameterInfo], n_layers: usize) -> (usize, b
 
 /// Bytes of an f32.
 const FLOAT: u64 = 4;
-/// Rows of the vocabulary's size that a predicted token has at the peak.
+/// Rows of the vocabulary's size that a predicted token has at the peak, where logits are made whole.
 const LOGIT_COPIES: u64 = 4;
 
 /// Bytes that a block keeps for each token, in rows of `row_tokens`.
 ///
-/// Measured peaks of a Llama of 6 million parameters lie within a tenth of what this gives
-/// (`examples/training_memory.rs`).
+/// Measured peaks of a Llama of 6 million parameters lay within a tenth of what this gives
+/// (`examples/training_memory.rs`) where attention is composed of tensor operations, as on a GPU. On a
+/// CPU, which keeps neither scores nor masks, it is more than is needed.
 fn activations_of_a_block(config: &ModelConfig, row_tokens: usize) -> u64 {
     let hidden = config.hidden_size;
     let query = config.n_heads * config.head_dim;

@@ -60,7 +60,7 @@ pub(crate) struct Parts {
     pub(crate) seq: usize,
     /// By flat place, `row * seq + column`.
     pub(crate) families: Vec<Family>,
-    /// Where a query may not look, `[batch, 1, seq, seq]`; made when it is first asked for.
+    /// Where a query may not look, `[batch, 1, seq, seq]`, on the device that first asked for it.
     mask: OnceLock<Tensor<4, Bool>>,
 }
 
@@ -138,7 +138,12 @@ impl Spans {
             }
             Tensor::from_data(TensorData::new(hidden, [batch, 1, seq, seq]), device)
         };
-        parts.mask.get_or_init(make).clone()
+        let mask = parts.mask.get_or_init(make);
+        if mask.device() == *device {
+            mask.clone()
+        } else {
+            make()
+        }
     }
 }
 
@@ -155,7 +160,7 @@ pub(crate) struct Tables {
     shape: [usize; 3],
     pub(crate) cos: Vec<f32>,
     pub(crate) sin: Vec<f32>,
-    /// The same, `[1 or batch, seq, 1, dims / 2]`.
+    /// The same, `[1 or batch, seq, 1, dims / 2]`, on the device that first asked for them.
     tensors: OnceLock<[Tensor<4>; 2]>,
 }
 
@@ -193,14 +198,19 @@ impl Turns {
     pub fn apply(&self, x: Tensor<4>) -> Tensor<4> {
         let tables = &*self.0;
         let [rows, seq, half] = tables.shape;
-        let [cos, sin] = tables.tensors.get_or_init(|| {
+        let device = x.device().inner();
+        let make = || {
             [&tables.cos, &tables.sin].map(|table| {
                 let data = TensorData::new(table.clone(), [rows, seq, 1, half]);
-                Tensor::from_data(data, &x.device().inner())
+                Tensor::<4>::from_data(data, &device)
             })
-        });
-        let like = |table: &Tensor<4>| {
-            let table = table.clone().cast(x.dtype());
+        };
+        let [cos, sin] = match tables.tensors.get_or_init(make) {
+            [cos, sin] if cos.device() == device => [cos.clone(), sin.clone()],
+            _ => make(),
+        };
+        let like = |table: Tensor<4>| {
+            let table = table.cast(x.dtype());
             if x.is_autodiff() {
                 table.autodiff()
             } else {

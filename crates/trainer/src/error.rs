@@ -114,6 +114,21 @@ pub enum TrainError {
         /// What was expected and what came.
         reason: String,
     },
+    /// A device without memory for what it was asked; what the run has saved is whole.
+    #[error(
+        "{place}: the device has no memory left ({said}); lower {lower}{}",
+        of_rows(rows)
+    )]
+    OutOfMemory {
+        /// What was at work: the stage, its step and its batch.
+        place: String,
+        /// What the device said.
+        said: String,
+        /// What to make smaller.
+        lower: String,
+        /// The rows that were computed on.
+        rows: Vec<String>,
+    },
     /// A device that this build or machine cannot use.
     #[error("device `{name}`: {reason}")]
     Device {

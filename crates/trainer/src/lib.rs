@@ -12,6 +12,7 @@
 //! | held-out judgement | [`evaluate`] |
 //! | rewards of every token of a file | [`score`] |
 //! | experiments on the paper's claims | [`reproduce`] |
+//! | a device by name, and which there are | [`device`](fn@device), [`devices`] |
 //!
 //! ```
 //! let recipe = trainer::Recipe::parse(
@@ -27,6 +28,7 @@ pub mod checkpoint;
 mod device;
 mod error;
 pub mod evaluate;
+mod failure;
 mod learner;
 mod metrics;
 mod mix;
@@ -47,8 +49,9 @@ mod unpaired;
 mod workers;
 
 pub use cache::ReferenceCache;
-pub use device::device;
+pub use device::{DeviceState, device, devices};
 pub use error::TrainError;
+pub use failure::{Shortage, within_memory};
 pub use learner::{
     Activations, Compared, Learner, MicroBatch, PREFERENCE_METRICS, Reference, SFT_METRICS,
     StepOutcome, pair_logps, preference_micro_batch, sft_micro_batch,

@@ -10,7 +10,9 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use lm::data::{Boundary, EmptyCompletions, Treatment};
 use trainer::score::{ScoreOptions, score};
-use trainer::{DataRecipe, Recipe, ReferenceCache, RunOptions, Sources, train};
+use trainer::{
+    DataRecipe, Recipe, ReferenceCache, RunOptions, Shortage, Sources, train, within_memory,
+};
 
 /// Training allocates and frees tensors of megabytes all the time; this allocator keeps their
 /// pages, where the system's gives them back and clears them anew.
@@ -48,6 +50,9 @@ enum Command {
     Search(cli::SearchArgs),
     /// Run an experiment on a claim of the paper.
     Reproduce(cli::ReproduceArgs),
+    /// List the devices to compute on: those that this machine and build can use, and why the
+    /// others cannot be.
+    Devices(cli::DevicesArgs),
 }
 
 #[derive(Debug, Args)]
@@ -183,7 +188,35 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let cli = Cli::parse();
-    let result = match cli.command {
+    // Training says which batch it was at; the other commands have one kind of batch each.
+    let (place, lower) = match &cli.command {
+        Command::Train(_) => ("train", "the model's or the batches' size"),
+        Command::Score(_) => ("score", "--batch-size or --max-length"),
+        Command::Search(_) => ("search", "--width, --batch or --cache-mib"),
+        Command::Sample(_) | Command::Prefer(_) | Command::Eval(_) => {
+            ("sampling", "--n or --max-new-tokens")
+        }
+        Command::Reproduce(_) | Command::Devices(_) => {
+            ("this command", "the size of the experiment")
+        }
+    };
+    let shortage = || Shortage {
+        place: place.into(),
+        lower: lower.into(),
+        rows: Vec::new(),
+    };
+    let result = within_memory(|| run(cli.command), shortage);
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", one_line(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Train(args) => run_train(&args),
         Command::Sample(args) => args.run(),
         Command::Prefer(args) => args.run(),
@@ -194,13 +227,7 @@ fn main() -> ExitCode {
             let command: Vec<String> = std::env::args().skip(1).collect();
             args.run(format!("cargo xtask {}", command.join(" ")))
         }
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", one_line(&error));
-            ExitCode::FAILURE
-        }
+        Command::Devices(args) => args.run(),
     }
 }
 

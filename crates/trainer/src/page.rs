@@ -400,7 +400,7 @@ fn samples(
         (SAMPLE_TOKENS, &Sampling::default()),
         eos,
         recipe.seed,
-        &Workers::new(recipe.workers),
+        &Workers::on(&policy.device(), recipe.workers),
         label,
     )?;
     pairs

@@ -17,6 +17,7 @@ use crate::cache::{ReferenceCache, model_digest};
 use crate::checkpoint::{self, digest_of};
 use crate::error::TrainError;
 use crate::evaluate::{divergences, preference_metrics, sample_completions, true_rewards, wins};
+use crate::failure::{Shortage, within_memory};
 use crate::learner::{
     Activations, Compared, Learner, Reference, preference_micro_batch, sft_micro_batch,
 };
@@ -77,10 +78,10 @@ pub fn train(recipe: &Recipe, options: &RunOptions) -> Result<Finished, TrainErr
         digest: digest_of(format!("{resolved}{inputs}").as_bytes()),
         _lock: lock,
         folder,
+        workers: Workers::on(&device, recipe.workers),
         device,
         prepared,
         session: began,
-        workers: Workers::new(recipe.workers),
         cache: options.cache.clone(),
         device_name: options.device.clone(),
     };
@@ -743,7 +744,19 @@ impl Run<'_> {
             return Ok(logps);
         }
         let size = recipe.eval_batch_size;
-        let logps = ReferenceLogps::compute(reference, pairs, size, &self.workers, &label);
+        let logps = within_memory(
+            || {
+                let workers = &self.workers;
+                Ok::<_, TrainError>(ReferenceLogps::compute(
+                    reference, pairs, size, workers, &label,
+                ))
+            },
+            || Shortage {
+                place: format!("{label}, batches of {size} pairs"),
+                lower: "`preference.eval_batch_size` or `data.max_length`".into(),
+                rows: Vec::new(),
+            },
+        )?;
         if let Some((pair, value)) = logps.not_finite() {
             return Err(TrainError::NotFinite {
                 place: label,

@@ -160,12 +160,7 @@ pub fn score(options: &ScoreOptions) -> Result<ScoreOutcome, TrainError> {
         encoder: &encoder,
         models: &models,
         vocabulary: &vocabulary,
-        // A GPU runs one kernel at a time; a CPU's cores take a batch each.
-        workers: if options.device == "cpu" {
-            Workers::one_per_core()
-        } else {
-            Workers::new(1)
-        },
+        workers: Workers::one_per_core(&device),
         page: ScorePage::new(beta.get()),
         rows: Vec::new(),
         figures: Figures::default(),

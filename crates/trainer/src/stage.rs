@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::{self, Best, Position};
 use crate::error::TrainError;
+use crate::failure::{Shortage, within_memory};
 use crate::learner::{Learner, MicroBatch};
 use crate::metrics::MetricsLog;
 use crate::order::{Order, Source};
@@ -150,9 +151,12 @@ impl Stage<'_> {
             let learning_rate = self.optimizer.learning_rate_at(done.step, n_steps);
             let step_began = Instant::now();
             let (micro, reference) = (&calls.micro, learner.reference.clone());
-            let outcome = learner.step(batches.len(), learning_rate, |model, index| {
-                micro(model, reference.as_ref(), &batches[index])
-            });
+            let step = || {
+                Ok::<_, TrainError>(learner.step(batches.len(), learning_rate, |model, index| {
+                    micro(model, reference.as_ref(), &batches[index])
+                }))
+            };
+            let outcome = within_memory(step, || self.shortage(done.step, &batches, &calls.row))?;
             if !outcome.updated {
                 let (what, value) = if outcome.loss.is_finite() {
                     ("gradient norm", outcome.grad_norm)
@@ -201,7 +205,10 @@ impl Stage<'_> {
             if self.is_over(&done) || (every > 0 && done.step.is_multiple_of(every)) {
                 log.sync()?;
                 let position = self.position(learner, &done, place);
-                checkpoint::save(place.checkpoints, place.saving.keep, learner, &position)?;
+                // Work that a device still owes from this step comes due when weights are read.
+                let save =
+                    || checkpoint::save(place.checkpoints, place.saving.keep, learner, &position);
+                within_memory(save, || self.shortage(done.step - 1, &batches, &calls.row))?;
             }
         }
         done.seconds = before + began.elapsed().as_secs_f64();
@@ -214,6 +221,31 @@ impl Stage<'_> {
             );
         }
         Ok(done)
+    }
+
+    /// What a step was at, for a device that had no memory for it.
+    fn shortage(
+        &self,
+        step: usize,
+        batches: &[Vec<usize>],
+        row: impl Fn(usize) -> String,
+    ) -> Shortage {
+        let (n, most) = (batches.len(), batches.iter().map(Vec::len).max());
+        Shortage {
+            place: format!(
+                "{} step {}, batches of {} {}, accumulated: {n}",
+                self.name,
+                step + 1,
+                most.unwrap_or_default(),
+                self.unit
+            ),
+            lower: format!(
+                "`{0}.batch_size` (with as much more of `{0}.accumulation` a step stays the same) \
+                 or `data.max_length`, or set `gradient_checkpointing = true`",
+                self.name
+            ),
+            rows: batches.concat().into_iter().map(row).collect(),
+        }
     }
 
     fn position(&self, learner: &Learner, done: &Done, place: &Place<'_>) -> Position {
@@ -246,7 +278,14 @@ impl Stage<'_> {
         evaluate: &mut impl FnMut(&Learner, usize) -> Result<Map<String, Value>, TrainError>,
     ) -> Result<(), TrainError> {
         let step = done.step;
-        let values = evaluate(learner, step)?;
+        let values = within_memory(
+            || evaluate(learner, step),
+            || Shortage {
+                place: format!("{} step {step}, evaluation", self.name),
+                lower: format!("`{}.eval_batch_size`", self.name),
+                rows: Vec::new(),
+            },
+        )?;
         if values.is_empty() {
             return Ok(());
         }

@@ -3,6 +3,10 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use burn::tensor::Device;
+
+use crate::device::is_cpu;
+
 /// Some threads, each with a pool of its own for the operations inside a piece of work.
 ///
 /// On a CPU, small tensors leave cores idle inside each operation; two batches side by side do
@@ -27,9 +31,17 @@ impl Workers {
         }
     }
 
-    /// As many workers as the machine has cores.
-    pub fn one_per_core() -> Self {
-        Self::new(std::thread::available_parallelism().map_or(1, usize::from))
+    /// `count` workers for a device: a GPU runs one kernel at a time, and gets one.
+    pub fn on(device: &Device, count: usize) -> Self {
+        Self::new(if is_cpu(device) { count } else { 1 })
+    }
+
+    /// As many workers as the machine has cores, for a device that they compute on.
+    pub fn one_per_core(device: &Device) -> Self {
+        Self::on(
+            device,
+            std::thread::available_parallelism().map_or(1, usize::from),
+        )
     }
 
     /// How many work side by side.

@@ -1,5 +1,7 @@
 //! Matrices laid out for one pass over memory.
 
+use std::cell::RefCell;
+
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -42,6 +44,7 @@ enum Panels {
 }
 
 /// Numbers that begin at a cache line.
+#[derive(Default)]
 struct Lines<T> {
     storage: Vec<T>,
     start: usize,
@@ -275,8 +278,8 @@ impl WithSimd for BlockRows {
     fn with_simd<S: Simd>(self, _simd: S) -> usize {
         match S::F32_LANES {
             16 => 8,
-            8 => 3,
-            _ => 2,
+            8 => 2,
+            _ => 1,
         }
     }
 }
@@ -287,6 +290,8 @@ trait Weights {
 
     /// Words for a panel's weights of a group of inputs.
     const PER_GROUP: usize;
+    /// Whether reading them takes more than a load.
+    const PACKED: bool;
 
     /// A panel's weights of one `INPUT` of a group in `V` registers.
     ///
@@ -302,6 +307,7 @@ struct Full;
 impl Weights for Full {
     type Word = f32;
     const PER_GROUP: usize = GROUP * PANEL;
+    const PACKED: bool = false;
 
     #[inline(always)]
     fn load<S: Simd, const V: usize, const INPUT: usize>(simd: S, words: &[f32]) -> [S::f32s; V] {
@@ -317,6 +323,7 @@ struct Bf16;
 impl Weights for Bf16 {
     type Word = u32;
     const PER_GROUP: usize = GROUP * PANEL / 2;
+    const PACKED: bool = true;
 
     #[inline(always)]
     fn load<S: Simd, const V: usize, const INPUT: usize>(simd: S, words: &[u32]) -> [S::f32s; V] {
@@ -334,6 +341,7 @@ struct Bytes3;
 impl Weights for Bytes3 {
     type Word = u32;
     const PER_GROUP: usize = GROUP * PANEL / 4 * 3;
+    const PACKED: bool = true;
 
     #[inline(always)]
     fn load<S: Simd, const V: usize, const INPUT: usize>(simd: S, words: &[u32]) -> [S::f32s; V] {
@@ -391,21 +399,81 @@ impl<W: Weights> WithSimd for Products<'_, W> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
+        // Registers that 32 outputs take.
+        match S::F32_LANES {
+            16 => self.run::<S, 2>(simd),
+            8 => self.run::<S, 4>(simd),
+            4 => self.run::<S, 8>(simd),
+            _ => self.run::<S, PANEL>(simd),
+        }
+    }
+}
+
+impl<W: Weights> Products<'_, W> {
+    #[inline(always)]
+    fn run<S: Simd, const V: usize>(self, simd: S) {
         let panels = self.panels.chunks_exact(self.padded / GROUP * W::PER_GROUP);
         let products = self.products.chunks_exact_mut(self.n_rows * PANEL);
+        // Weights that more than one block of rows reads are unpacked once, into the cache. That also
+        // leaves the registers to the sums.
+        let unpack = W::PACKED && self.n_rows > self.block;
+        let mut unpacked = UNPACKED.take();
+        if unpack && unpacked.len() != self.padded * PANEL {
+            unpacked = Lines::zeros(self.padded * PANEL);
+        }
         for (panel, products) in panels.zip(products) {
+            if unpack {
+                unpack_panel::<S, W, V>(simd, panel, &mut unpacked);
+            }
             let blocks = self.rows.chunks(self.block * self.padded);
             for (rows, out) in blocks.zip(products.chunks_mut(self.block * PANEL)) {
-                // Registers that 32 outputs take.
-                match S::F32_LANES {
-                    16 => by_rows::<S, W, 2>(simd, panel, rows, out),
-                    8 => by_rows::<S, W, 4>(simd, panel, rows, out),
-                    4 => by_rows::<S, W, 8>(simd, panel, rows, out),
-                    _ => by_rows::<S, W, PANEL>(simd, panel, rows, out),
+                if unpack {
+                    by_rows::<S, Full, V>(simd, &unpacked, rows, out);
+                } else {
+                    by_rows::<S, W, V>(simd, panel, rows, out);
                 }
             }
         }
+        // No closure: see [`Weights::load`].
+        UNPACKED.set(unpacked);
     }
+}
+
+thread_local! {
+    /// A panel of unpacked weights, kept from product to product.
+    static UNPACKED: RefCell<Lines<f32>> = const {
+        RefCell::new(Lines { storage: Vec::new(), start: 0 })
+    };
+}
+
+/// A panel's weights as [`Full`] has them.
+#[inline(always)]
+fn unpack_panel<S: Simd, W: Weights, const V: usize>(
+    simd: S,
+    panel: &[W::Word],
+    unpacked: &mut [f32],
+) {
+    let groups = panel.chunks_exact(W::PER_GROUP);
+    for (words, out) in groups.zip(unpacked.chunks_exact_mut(GROUP * PANEL)) {
+        store(simd, W::load::<S, V, 0>(simd, words), &mut out[..PANEL]);
+        store(
+            simd,
+            W::load::<S, V, 1>(simd, words),
+            &mut out[PANEL..][..PANEL],
+        );
+        store(
+            simd,
+            W::load::<S, V, 2>(simd, words),
+            &mut out[2 * PANEL..][..PANEL],
+        );
+        store(simd, W::load::<S, V, 3>(simd, words), &mut out[3 * PANEL..]);
+    }
+}
+
+#[inline(always)]
+fn store<S: Simd, const V: usize>(_simd: S, registers: [S::f32s; V], out: &mut [f32]) {
+    let (out, _) = S::as_mut_simd_f32s(out);
+    out.copy_from_slice(&registers);
 }
 
 #[inline(always)]
@@ -415,8 +483,13 @@ fn by_rows<S: Simd, W: Weights, const V: usize>(
     rows: &[f32],
     out: &mut [f32],
 ) {
+    // Sums, a panel's weights of an input and the rows' own numbers fill 32 registers, or 16 where a
+    // panel takes more than two of them: a sum that is put aside costs more than it saves.
     match out.len() / PANEL {
+        1 if V > 4 => product::<S, W, V, 1, 1>(simd, panel, rows, out),
+        1 if V > 2 => product::<S, W, V, 1, 2>(simd, panel, rows, out),
         1 => product::<S, W, V, 1, 4>(simd, panel, rows, out),
+        2 if V > 2 => product::<S, W, V, 2, 1>(simd, panel, rows, out),
         2 => product::<S, W, V, 2, 2>(simd, panel, rows, out),
         3 => product::<S, W, V, 3, 1>(simd, panel, rows, out),
         4 => product::<S, W, V, 4, 1>(simd, panel, rows, out),

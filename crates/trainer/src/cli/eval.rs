@@ -120,7 +120,7 @@ impl EvalArgs {
             let source = self.prompts.source(self.sampling.seed)?;
             let policy = Policy::read(policy, &device(&self.sampling.device)?)?;
             let prompts = source.read(&policy.tokenizer)?;
-            let workers = Workers::new(self.sampling.workers);
+            let workers = Workers::on(&policy.model.device(), self.sampling.workers);
             let label = format!("sample from {}", side.to_uppercase());
             sample_prompts(&policy, &prompts, &options, &workers, &label)?
         };

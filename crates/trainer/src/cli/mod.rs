@@ -1,5 +1,6 @@
 //! Commands of the program besides training.
 
+mod devices;
 mod eval;
 mod prefer;
 mod reproduce;
@@ -18,6 +19,7 @@ use lm::Sampling;
 use serde::de::DeserializeOwned;
 use trainer::{PromptSource, SampleOptions};
 
+pub(crate) use devices::DevicesArgs;
 pub(crate) use eval::EvalArgs;
 pub(crate) use prefer::PreferArgs;
 pub(crate) use reproduce::ReproduceArgs;

@@ -32,7 +32,7 @@ impl SampleArgs {
         let source = self.prompts.source(self.sampling.seed)?;
         let policy = Policy::read(&self.policy, &device(&self.sampling.device)?)?;
         let prompts = source.read(&policy.tokenizer)?;
-        let workers = Workers::new(self.sampling.workers);
+        let workers = Workers::on(&policy.model.device(), self.sampling.workers);
         let samples = sample_prompts(&policy, &prompts, &options, &workers, "sample")?;
         write_rows(&self.out, &samples)?;
         eprintln!(

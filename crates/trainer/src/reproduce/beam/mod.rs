@@ -296,8 +296,8 @@ fn one_seed(
     let began = Instant::now();
     let mut recipe = options.recipe.clone();
     recipe.seed = seed;
-    let workers = Workers::new(recipe.workers);
     let device = crate::device::device(&options.device)?;
+    let workers = Workers::on(&device, recipe.workers);
     let prepared = prepare(&recipe, &device)?;
     let reference = fine_tune(&recipe, &prepared, &workers)?;
     let task = &prepared

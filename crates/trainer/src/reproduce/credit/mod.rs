@@ -241,7 +241,8 @@ fn one_seed(
     let began = Instant::now();
     let mut recipe = options.recipe.clone();
     recipe.seed = seed;
-    let workers = Workers::new(recipe.workers);
+    let device = crate::device::device(&options.device)?;
+    let workers = Workers::on(&device, recipe.workers);
     let task = MemoTask::new(recipe.task.clone().unwrap_or_default().memo)?;
     let models = models::train_all(&recipe, options, &folder.join("policy"), &workers)?;
     let copies = Copies::draw(&task, options.copies, seed)?;

@@ -241,7 +241,7 @@ fn one_seed(options: &IdentificationOptions, seed: u64) -> Result<SeedResult, Tr
             jobs.push((*reward, pairs, solution.clone(), rng.clone()));
         }
     }
-    let workers = Workers::one_per_core();
+    let workers = Workers::one_per_core(&device);
     let cells = workers.map(jobs.len(), |index| {
         let (reward, pairs, solution, rng) = &jobs[index];
         one_cell(options, reward, *pairs, solution, &model, rng.clone())
