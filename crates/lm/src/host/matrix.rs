@@ -484,10 +484,10 @@ fn by_rows<S: Simd, W: Weights, const V: usize>(
     out: &mut [f32],
 ) {
     // Sums, a panel's weights of an input and the rows' own numbers fill 32 registers, or 16 where a
-    // panel takes more than two of them: a sum that is put aside costs more than it saves.
+    // panel takes more than two of them: a sum that is put aside costs more than it saves. One row
+    // waits for memory, and more sums side by side were no slower for being put aside.
     match out.len() / PANEL {
         1 if V > 4 => product::<S, W, V, 1, 1>(simd, panel, rows, out),
-        1 if V > 2 => product::<S, W, V, 1, 2>(simd, panel, rows, out),
         1 => product::<S, W, V, 1, 4>(simd, panel, rows, out),
         2 if V > 2 => product::<S, W, V, 2, 1>(simd, panel, rows, out),
         2 => product::<S, W, V, 2, 2>(simd, panel, rows, out),
