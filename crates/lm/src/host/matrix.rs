@@ -20,6 +20,11 @@ const LOWEST: u32 = 0xff;
 pub(super) const WORTH_SHARING: usize = 1 << 16;
 /// Weights of one task where work is shared: few enough that the cores end together.
 const TASK_WEIGHTS: usize = 1 << 15;
+/// Groups of inputs whose weights are unpacked at a time: 16 KiB, half of a small first-level cache.
+const CHUNK_GROUPS: usize = 32;
+/// Registers of a panel that are summed together where rows are many: with six rows' sums, or eight,
+/// they fit the registers of every processor.
+const STRIP: usize = 2;
 
 /// A matrix `[inputs, outputs]` as panels of 32 outputs, each `[inputs, 32]`.
 ///
@@ -173,7 +178,7 @@ impl Matrix {
     /// Writes the products of the rows of `x`, `[rows, inputs]`, to `out`, `[rows, outputs]`.
     pub(crate) fn multiply(&self, x: &[f32], out: &mut Vec<f32>, work: &mut Workspace) {
         let rows = x.len() / self.inputs;
-        let block = Arch::new().dispatch(BlockRows);
+        let block = Arch::new().dispatch(BlockRows { rows });
         pack(x, self.inputs, block, &mut work.rows);
         // One row by panels is the row itself.
         let products = if rows == 1 {
@@ -269,18 +274,32 @@ fn pack(x: &[f32], inputs: usize, block: usize, packed: &mut Vec<f32>) {
     }
 }
 
-/// How many rows' sums fit into the registers beside a panel's 32 outputs.
-struct BlockRows;
+/// Of `rows`, how many are multiplied together, so that blocks are as even as can be.
+struct BlockRows {
+    rows: usize,
+}
 
 impl WithSimd for BlockRows {
     type Output = usize;
 
     fn with_simd<S: Simd>(self, _simd: S) -> usize {
-        match S::F32_LANES {
-            16 => 8,
-            8 => 2,
-            _ => 1,
-        }
+        let most = if self.rows <= most_direct(S::F32_LANES) {
+            self.rows
+        } else if S::F32_LANES == 16 {
+            8
+        } else {
+            6
+        };
+        self.rows.div_ceil(self.rows.div_ceil(most))
+    }
+}
+
+/// Up to how many rows' sums fit into the registers beside a whole panel's 32 weights of an input.
+const fn most_direct(lanes: usize) -> usize {
+    match lanes {
+        16 => 8,
+        8 => 2,
+        _ => 1,
     }
 }
 
@@ -290,8 +309,6 @@ trait Weights {
 
     /// Words for a panel's weights of a group of inputs.
     const PER_GROUP: usize;
-    /// Whether reading them takes more than a load.
-    const PACKED: bool;
 
     /// A panel's weights of one `INPUT` of a group in `V` registers.
     ///
@@ -307,7 +324,6 @@ struct Full;
 impl Weights for Full {
     type Word = f32;
     const PER_GROUP: usize = GROUP * PANEL;
-    const PACKED: bool = false;
 
     #[inline(always)]
     fn load<S: Simd, const V: usize, const INPUT: usize>(simd: S, words: &[f32]) -> [S::f32s; V] {
@@ -323,7 +339,6 @@ struct Bf16;
 impl Weights for Bf16 {
     type Word = u32;
     const PER_GROUP: usize = GROUP * PANEL / 2;
-    const PACKED: bool = true;
 
     #[inline(always)]
     fn load<S: Simd, const V: usize, const INPUT: usize>(simd: S, words: &[u32]) -> [S::f32s; V] {
@@ -341,7 +356,6 @@ struct Bytes3;
 impl Weights for Bytes3 {
     type Word = u32;
     const PER_GROUP: usize = GROUP * PANEL / 4 * 3;
-    const PACKED: bool = true;
 
     #[inline(always)]
     fn load<S: Simd, const V: usize, const INPUT: usize>(simd: S, words: &[u32]) -> [S::f32s; V] {
@@ -414,23 +428,29 @@ impl<W: Weights> Products<'_, W> {
     fn run<S: Simd, const V: usize>(self, simd: S) {
         let panels = self.panels.chunks_exact(self.padded / GROUP * W::PER_GROUP);
         let products = self.products.chunks_exact_mut(self.n_rows * PANEL);
-        // Weights that more than one block of rows reads are unpacked once, into the cache. That also
-        // leaves the registers to the sums.
-        let unpack = W::PACKED && self.n_rows > self.block;
+        if self.n_rows <= most_direct(S::F32_LANES) {
+            for (panel, products) in panels.zip(products) {
+                by_rows::<S, W, V>(simd, panel, self.rows, products);
+            }
+            return;
+        }
         let mut unpacked = UNPACKED.take();
-        if unpack && unpacked.len() != self.padded * PANEL {
-            unpacked = Lines::zeros(self.padded * PANEL);
+        if unpacked.len() != CHUNK_GROUPS * GROUP * PANEL {
+            unpacked = Lines::zeros(CHUNK_GROUPS * GROUP * PANEL);
         }
         for (panel, products) in panels.zip(products) {
-            if unpack {
-                unpack_panel::<S, W, V>(simd, panel, &mut unpacked);
-            }
-            let blocks = self.rows.chunks(self.block * self.padded);
-            for (rows, out) in blocks.zip(products.chunks_mut(self.block * PANEL)) {
-                if unpack {
-                    by_rows::<S, Full, V>(simd, &unpacked, rows, out);
-                } else {
-                    by_rows::<S, W, V>(simd, panel, rows, out);
+            products.fill(0.0);
+            // Some inputs at a time, whose weights stay in the nearest cache for all rows.
+            let chunks = panel.chunks(CHUNK_GROUPS * W::PER_GROUP);
+            for (chunk, words) in chunks.enumerate() {
+                let inputs = words.len() / W::PER_GROUP * GROUP;
+                unpack::<S, W, V>(simd, words, &mut unpacked);
+                let blocks = self.rows.chunks(self.block * self.padded);
+                for (rows, out) in blocks.zip(products.chunks_mut(self.block * PANEL)) {
+                    let n_rows = out.len() / PANEL;
+                    let first = chunk * CHUNK_GROUPS * GROUP * n_rows;
+                    let rows = &rows[first..][..inputs * n_rows];
+                    by_strips::<S>(simd, &unpacked, rows, out);
                 }
             }
         }
@@ -440,7 +460,7 @@ impl<W: Weights> Products<'_, W> {
 }
 
 thread_local! {
-    /// A panel of unpacked weights, kept from product to product.
+    /// Some unpacked weights of a panel, kept from product to product.
     static UNPACKED: RefCell<Lines<f32>> = const {
         RefCell::new(Lines { storage: Vec::new(), start: 0 })
     };
@@ -448,12 +468,8 @@ thread_local! {
 
 /// A panel's weights as [`Full`] has them.
 #[inline(always)]
-fn unpack_panel<S: Simd, W: Weights, const V: usize>(
-    simd: S,
-    panel: &[W::Word],
-    unpacked: &mut [f32],
-) {
-    let groups = panel.chunks_exact(W::PER_GROUP);
+fn unpack<S: Simd, W: Weights, const V: usize>(simd: S, words: &[W::Word], unpacked: &mut [f32]) {
+    let groups = words.chunks_exact(W::PER_GROUP);
     for (words, out) in groups.zip(unpacked.chunks_exact_mut(GROUP * PANEL)) {
         store(simd, W::load::<S, V, 0>(simd, words), &mut out[..PANEL]);
         store(
@@ -476,6 +492,53 @@ fn store<S: Simd, const V: usize>(_simd: S, registers: [S::f32s; V], out: &mut [
     out.copy_from_slice(&registers);
 }
 
+/// Adds to `out` the products of up to eight rows with weights as [`Full`] has them.
+#[inline(always)]
+fn by_strips<S: Simd>(simd: S, weights: &[f32], rows: &[f32], out: &mut [f32]) {
+    match out.len() / PANEL {
+        1 => add_strips::<S, 1>(simd, weights, rows, out),
+        2 => add_strips::<S, 2>(simd, weights, rows, out),
+        3 => add_strips::<S, 3>(simd, weights, rows, out),
+        4 => add_strips::<S, 4>(simd, weights, rows, out),
+        5 => add_strips::<S, 5>(simd, weights, rows, out),
+        6 => add_strips::<S, 6>(simd, weights, rows, out),
+        7 => add_strips::<S, 7>(simd, weights, rows, out),
+        _ => add_strips::<S, 8>(simd, weights, rows, out),
+    }
+}
+
+/// Adds the products of `R` rows, [`STRIP`] registers of the panel after another.
+#[inline(always)]
+fn add_strips<S: Simd, const R: usize>(simd: S, weights: &[f32], rows: &[f32], out: &mut [f32]) {
+    let width = STRIP * S::F32_LANES;
+    let (rows, _) = rows.as_chunks::<R>();
+    let mut first = 0;
+    // A processor without vectors has panels of one-lane registers, and strips of two.
+    while first < PANEL {
+        let mut sums = [[simd.splat_f32s(0.0); STRIP]; R];
+        for (sums, out) in sums.iter_mut().zip(out.chunks_exact(PANEL)) {
+            let (out, _) = S::as_simd_f32s(&out[first..][..width]);
+            sums.copy_from_slice(out);
+        }
+        for (weights, rows) in weights.chunks_exact(PANEL).zip(rows) {
+            let (weights, _) = S::as_simd_f32s(&weights[first..][..width]);
+            let weights = [weights[0], weights[1]];
+            for (sums, &x) in sums.iter_mut().zip(rows) {
+                let x = simd.splat_f32s(x);
+                for (sum, &weight) in sums.iter_mut().zip(&weights) {
+                    *sum = simd.mul_add_f32s(weight, x, *sum);
+                }
+            }
+        }
+        for (sums, out) in sums.iter().zip(out.chunks_exact_mut(PANEL)) {
+            let (out, _) = S::as_mut_simd_f32s(&mut out[first..][..width]);
+            out.copy_from_slice(sums);
+        }
+        first += width;
+    }
+}
+
+/// Writes the products of a few rows with weights that are unpacked on the way.
 #[inline(always)]
 fn by_rows<S: Simd, W: Weights, const V: usize>(
     simd: S,
