@@ -3,10 +3,8 @@
 use ops::exp;
 use pulp::{Arch, Simd, WithSimd};
 
-/// Sums are kept in this many lanes, so that the compiler can use vector registers.
-const LANES: usize = 16;
-/// After this many numbers a lane's f32 sum goes into f64: its rounding stays below 1e-6.
-const BLOCK: usize = 64 * LANES;
+/// After this many numbers of a lane its f32 sum goes into f64: its rounding stays below 1e-6.
+const BLOCK: usize = 64;
 
 /// What two rows of logits say together; nats.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -29,13 +27,15 @@ impl RowPair {
         Arch::new().dispatch(Read { policy, reference })
     }
 
+    /// Sums are kept in `LANES` lanes, of which the compiler makes vector registers.
     #[inline(always)]
-    fn of(policy: &[f32], reference: &[f32]) -> Option<Self> {
+    fn of<const LANES: usize>(policy: &[f32], reference: &[f32]) -> Option<Self> {
         let (p_largest, q_largest) = (largest(policy), largest(reference));
         // With a = p − max p and b = q − max q: Σ e^a, Σ e^b, Σ a e^a, Σ b e^b, Σ (a−b) e^a and
         // Σ (b−a) e^b hold everything; no probability is stored.
         let mut totals = [0.0_f64; 6];
-        for (p, q) in policy.chunks(BLOCK).zip(reference.chunks(BLOCK)) {
+        let blocks = policy.chunks(BLOCK * LANES);
+        for (p, q) in blocks.zip(reference.chunks(BLOCK * LANES)) {
             let mut sums = [[0.0_f32; LANES]; 6];
             let (p_lanes, p_rest) = p.as_chunks::<LANES>();
             let (q_lanes, q_rest) = q.as_chunks::<LANES>();
@@ -88,13 +88,18 @@ impl WithSimd for Read<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, _simd: S) -> Option<RowPair> {
-        RowPair::of(self.policy, self.reference)
+        // Six sums and what they are made of fit the registers: 32 of 16 lanes, or 16 of 8.
+        if S::F32_LANES == 16 {
+            RowPair::of::<16>(self.policy, self.reference)
+        } else {
+            RowPair::of::<8>(self.policy, self.reference)
+        }
     }
 }
 
 /// Adds the six terms of each lane.
 #[inline(always)]
-fn add(
+fn add<const LANES: usize>(
     sums: &mut [[f32; LANES]; 6],
     p: &[f32; LANES],
     q: &[f32; LANES],
@@ -130,6 +135,8 @@ fn add(
 /// The largest number of a row; NaN never is.
 #[inline(always)]
 fn largest(row: &[f32]) -> f32 {
+    // Several registers: none waits for its last comparison.
+    const LANES: usize = 32;
     let (lanes, rest) = row.as_chunks::<LANES>();
     let mut most = [f32::NEG_INFINITY; LANES];
     for chunk in lanes {

@@ -5,6 +5,7 @@ use dpo_loss::{TokenLogps, TokenStats, token_logps, token_stats};
 use ops::{Family, Spans};
 
 use crate::model::{SeqLayout, Sight, Transformer};
+use crate::precision::Precision;
 
 /// Prompts with their completions.
 ///
@@ -256,7 +257,9 @@ impl Transformer {
         with_stats: bool,
     ) -> Scored {
         let (weight, tied) = self.head_weight();
-        match ops::head_logps(&hidden, &weight, tied, &batch.targets) {
+        let fused = (self.precision() == Precision::F32)
+            .then(|| ops::head_logps(&hidden, &weight, tied, &batch.targets));
+        match fused.flatten() {
             Some(head) => Scored {
                 table: batch.table(head.logps.clone()),
                 flat: head.logps,

@@ -376,11 +376,13 @@ impl Adapter {
         }
     }
 
-    /// What the adapter adds to the layer's output on `x`, `[rows, inputs]`: `[rows, outputs]`.
+    /// What the adapter adds to the layer's output on `x`, `[rows, inputs]`: `[rows, outputs]`, computed
+    /// in what `x` is in.
     pub(crate) fn change(&self, x: Tensor<2>) -> Tensor<2> {
-        x.matmul(self.a.val())
+        let dtype = x.dtype();
+        x.matmul(self.a.val().cast(dtype))
             .mul_scalar(self.scale)
-            .matmul(self.b.val())
+            .matmul(self.b.val().cast(dtype))
     }
 
     /// What the adapter adds to the layer's matrix, `[inputs, outputs]`.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::activation::{gelu, gelu_approximate};
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use burn::tensor::{Bool, Device, FloatDType, Int, Tensor, TensorData};
 use ops::{Heads, Spans, Turns};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -15,6 +15,7 @@ use crate::decode::device::Past;
 use crate::error::LmError;
 use crate::lora::{Adapter, LoraConfig};
 use crate::names::{self, Parameter, Role};
+use crate::precision::Precision;
 use crate::weights::{HostTensor, SINGLE_FILE, WeightFiles, write_safetensors};
 
 /// A causal language model: token ids in, logits of the next token out.
@@ -33,6 +34,8 @@ pub struct Transformer {
     config: ModelConfig,
     #[module(skip)]
     pub(crate) lora: Option<LoraConfig>,
+    #[module(skip)]
+    precision: Precision,
 }
 
 #[derive(Module, Debug)]
@@ -58,6 +61,8 @@ pub(crate) struct Projection {
     pub(crate) weight: Param<Tensor<2>>,
     pub(crate) bias: Option<Param<Tensor<1>>>,
     adapter: Option<Adapter>,
+    #[module(skip)]
+    precision: Precision,
 }
 
 #[derive(Module, Debug)]
@@ -181,6 +186,7 @@ impl Transformer {
             head: (!config.tied).then(|| parts.linear("head")),
             config,
             lora: None,
+            precision: Precision::F32,
         };
         debug_assert!(parts.tensors.is_empty(), "every parameter has its place");
         Ok(model)
@@ -189,6 +195,46 @@ impl Transformer {
     /// The model's configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The model, computing in `precision` from here on; its parameters stay as they are.
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        for projection in self.blocks.iter_mut().flat_map(Block::projections_mut) {
+            projection.precision = precision;
+        }
+        self
+    }
+
+    /// What the model computes in.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The model with its matrices kept in what they are computed in: for many passes without an
+    /// update between them, as in decoding. The numbers it gives are the same.
+    ///
+    /// Such a model is not for training or writing: what was rounded stays so.
+    #[must_use]
+    pub fn with_matrices_rounded(mut self) -> Self {
+        let dtype = self.precision.dtype();
+        let rounded = |matrix: &Param<Tensor<2>>| Param::from_tensor(matrix.val().cast(dtype));
+        for projection in self.blocks.iter_mut().flat_map(Block::projections_mut) {
+            projection.weight = rounded(&projection.weight);
+        }
+        let head = match &self.head {
+            Some(head) => rounded(&head.weight),
+            // The first block goes on to look exact numbers up.
+            None => Param::from_tensor(self.embed.val().cast(dtype).transpose()),
+        };
+        self.head = Some(Projection {
+            weight: head,
+            bias: None,
+            adapter: None,
+            precision: self.precision,
+        });
+        self
     }
 
     /// The device that holds the model.
@@ -217,11 +263,14 @@ impl Transformer {
     }
 
     /// Logits of the next token, `[rows, vocab]`, of hidden states `[rows, hidden]`.
+    ///
+    /// In f32, whatever the products are computed in.
     pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
-        match &self.head {
-            Some(head) => ops::linear(hidden, head.weight.val(), None),
-            None => ops::linear(hidden, self.embed.val().transpose(), None),
-        }
+        let (weight, tied) = self.head_weight();
+        let dtype = self.precision.dtype();
+        let weight = weight.cast(dtype);
+        let weight = if tied { weight.transpose() } else { weight };
+        ops::linear(hidden.cast(dtype), weight, None).cast(FloatDType::F32)
     }
 
     /// The head's matrix, `[hidden, vocab]`, or if it is tied the table of embeddings,
@@ -402,6 +451,7 @@ impl Parts<'_> {
             weight: self.required(&format!("{path}.weight")),
             bias: self.optional(&format!("{path}.bias")),
             adapter: None,
+            precision: Precision::F32,
         }
     }
 
@@ -477,12 +527,15 @@ impl Norm {
 
 impl Projection {
     fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let bias = self.bias.as_ref().map(|bias| bias.val());
+        let dtype = self.precision.dtype();
+        let x = x.cast(dtype);
+        let weight = self.weight.val().cast(dtype);
+        let bias = self.bias.as_ref().map(|bias| bias.val().cast(dtype));
         match &self.adapter {
-            None => ops::linear(x, self.weight.val(), bias),
+            None => ops::linear(x, weight, bias),
             Some(adapter) => {
                 let change = adapter.change(x.clone());
-                ops::linear(x, self.weight.val(), bias) + change
+                ops::linear(x, weight, bias) + change
             }
         }
     }
@@ -543,6 +596,12 @@ impl Block {
                 projection.add(fused_part(change.clone(), part, config));
             }
         }
+        for projection in self.projections_mut() {
+            projection.merge();
+        }
+    }
+
+    fn projections_mut(&mut self) -> impl Iterator<Item = &mut Projection> {
         let always = [
             &mut self.query,
             &mut self.key,
@@ -551,9 +610,7 @@ impl Block {
             &mut self.up,
             &mut self.down,
         ];
-        for projection in always.into_iter().chain(&mut self.gate) {
-            projection.merge();
-        }
+        always.into_iter().chain(&mut self.gate)
     }
 
     pub(crate) fn forward(
@@ -564,6 +621,7 @@ impl Block {
         turns: Option<&Turns>,
         cache: Option<(&mut dyn Past, usize)>,
     ) -> Tensor<2> {
+        // Norms, and what blocks add up, are in f32 whatever the products are computed in.
         let attended = self.attention(
             self.attn_norm.forward(x.clone()),
             config,
@@ -571,12 +629,17 @@ impl Block {
             turns,
             cache,
         );
+        let attended = attended.cast(FloatDType::F32);
+        let mlp = |x: Tensor<2>| {
+            let fed = self.mlp(self.mlp_norm.forward(x), config.mlp);
+            fed.cast(FloatDType::F32)
+        };
         if config.parallel_residual {
-            let fed = self.mlp(self.mlp_norm.forward(x.clone()), config.mlp);
+            let fed = mlp(x.clone());
             x + attended + fed
         } else {
             let x = x + attended;
-            let fed = self.mlp(self.mlp_norm.forward(x.clone()), config.mlp);
+            let fed = mlp(x.clone());
             x + fed
         }
     }
@@ -635,7 +698,7 @@ impl Block {
         }
         let mut projected = parts.map(|part| part.forward(x.clone()));
         if let Some(fused) = &self.fused {
-            let change = fused.change(x.clone());
+            let change = fused.change(x.clone().cast(self.query.precision.dtype()));
             let mut part = 0..3;
             projected = projected.map(|projected| {
                 let part = part.next().expect("three parts for three projections");
@@ -648,7 +711,9 @@ impl Block {
             Some(Some(norm)) => {
                 let [rows, columns] = x.dims();
                 let heads = x.reshape([rows, columns / config.head_dim, config.head_dim]);
-                ops::rms_norm(heads, norm.val(), config.norm_eps).reshape([rows, columns])
+                let dtype = heads.dtype();
+                let normal = ops::rms_norm(heads.cast(FloatDType::F32), norm.val(), config.norm_eps);
+                normal.cast(dtype).reshape([rows, columns])
             }
             _ => x,
         });
@@ -667,11 +732,12 @@ fn joined<const N: usize>(x: Tensor<2>, parts: [&Projection; N]) -> Tensor<2> {
         let outputs = parts.map(|part| part.forward(x.clone()));
         return Tensor::cat(outputs.to_vec(), 1);
     }
-    let weights = parts.map(|part| part.weight.val());
+    let dtype = parts[0].precision.dtype();
+    let weights = parts.map(|part| part.weight.val().cast(dtype));
     let biases: Option<Vec<Tensor<1>>> = parts
         .iter()
-        .map(|part| part.bias.as_ref().map(|bias| bias.val()))
+        .map(|part| part.bias.as_ref().map(|bias| bias.val().cast(dtype)))
         .collect();
     let bias = biases.map(|biases| Tensor::cat(biases, 0));
-    ops::linear(x, Tensor::cat(weights.to_vec(), 1), bias)
+    ops::linear(x.cast(dtype), Tensor::cat(weights.to_vec(), 1), bias)
 }

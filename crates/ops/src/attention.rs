@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-use burn::tensor::{Bool, Device, Tensor, TensorData};
+use burn::tensor::{Bool, Device, FloatDType, Tensor, TensorData};
 
 #[cfg(feature = "flex")]
 use crate::fused;
@@ -299,13 +299,16 @@ pub fn attend(
         .swap_dims(1, 2)
         .reshape([batch, key_heads, heads / key_heads * seq, width])
         .mul_scalar(1.0 / (width as f64).sqrt());
-    let scores = query.matmul(key.swap_dims(2, 3));
+    let dtype = value.dtype();
+    // Sums of exponentials are in f32 whatever the products are in.
+    let scores = query.matmul(key.swap_dims(2, 3)).cast(FloatDType::F32);
     // A padded query, which may look nowhere, weighs nothing and yields no NaN.
     let weights = match hidden {
         Some(hidden) => masked_softmax(scores, hidden),
         None => burn::tensor::activation::softmax(scores, 3),
     };
     weights
+        .cast(dtype)
         .matmul(value)
         .reshape([batch, heads, seq, width])
         .swap_dims(1, 2)

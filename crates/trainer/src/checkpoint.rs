@@ -179,7 +179,7 @@ pub fn read_weights(path: &Path, base: &Transformer) -> Result<Transformer, Trai
     Ok(if AdapterFolder::is_one(path) {
         base.clone().read_adapter(path)?
     } else {
-        Transformer::read(path, &base.device())?
+        Transformer::read(path, &base.device())?.with_precision(base.precision())
     })
 }
 
@@ -203,12 +203,13 @@ pub fn load(
         .map(|name| Ok((name.to_string(), files.read_any(name)?)))
         .collect::<Result<BTreeMap<String, HostTensor>, lm::LmError>>()?;
     optimizer.restore(position.optimizer_steps, tensors, &device);
-    let config = model.config().clone();
+    let (config, precision) = (model.config().clone(), model.precision());
     let mut learner = Learner::new(model, optimizer);
     let reference = path.join(REFERENCE);
     if reference.is_file() {
         let files = WeightFiles::open_file(&reference)?;
-        learner.reference = Some(Transformer::from_files(config, &files, &device)?);
+        let reference = Transformer::from_files(config, &files, &device)?;
+        learner.reference = Some(reference.with_precision(precision));
     }
     Ok(learner)
 }

@@ -87,8 +87,16 @@ pub fn prepare(recipe: &Recipe, device: &Device) -> Result<Prepared, TrainError>
         (None, Some(data)) => prepare_files(recipe, data, device),
         (None, None) => unreachable!("a checked recipe has a task or data"),
     }?;
+    if !recipe.precision.is_supported(device) {
+        return Err(TrainError::Recipe {
+            file: recipe.name.clone(),
+            reason: "key `precision`: expected `f32`, got `bf16`, which this device does not compute \
+                     in"
+                .into(),
+        });
+    }
     // Names of parameters and layers are checked here, before anything is written.
-    prepared.model = recipe.trainable(prepared.model)?;
+    prepared.model = recipe.trainable(prepared.model)?.with_precision(recipe.precision);
     if let Some(lora) = &recipe.lora {
         LoraConfig::from(lora).n_parameters(prepared.model.config())?;
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use dpo_loss::{Beta, Objectives, UnpairedObjective};
 use lm::data::{Boundary, EmptyCompletions, Treatment};
-use lm::{FreezeSpec, LoraConfig, Transformer};
+use lm::{FreezeSpec, LoraConfig, Precision, Transformer};
 use memo_task::MemoConfig;
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +31,9 @@ pub struct Recipe {
     /// about a third more time.
     #[serde(default)]
     pub gradient_checkpointing: bool,
+    /// What matrix products are computed in; weights and all that follows the logits are in f32.
+    #[serde(default)]
+    pub precision: Precision,
     /// The model to begin with.
     #[serde(default)]
     pub model: ModelRecipe,
@@ -513,6 +516,7 @@ impl Recipe {
             seed: defaults::seed(),
             workers: defaults::workers(),
             gradient_checkpointing: false,
+            precision: Precision::F32,
             lora: None,
             model: ModelRecipe {
                 path: Some(model),

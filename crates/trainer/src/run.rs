@@ -10,7 +10,7 @@ use dpo_loss::{Contrast, PairTable, TokenLogps, contrastive_weights};
 use lm::data::{PreferencePair, SftExample};
 use lm::files::{write_atomically, write_folder_atomically};
 use lm::tokenizer::Tokenizer;
-use lm::{CompletionBatch, Generated, ParameterInfo, Sampling, Transformer};
+use lm::{CompletionBatch, Generated, ParameterInfo, Precision, Sampling, Transformer};
 use serde_json::{Map, Value, json};
 
 use crate::cache::{ReferenceCache, model_digest};
@@ -394,7 +394,10 @@ impl Run<'_> {
         let finished = self.path(names::SFT);
         if finished.exists() {
             match checkpoint::verify_files(&finished) {
-                Ok(()) => return Ok(Transformer::read(&finished, &self.device)?),
+                Ok(()) => {
+                    let model = Transformer::read(&finished, &self.device)?;
+                    return Ok(model.with_precision(self.recipe.precision));
+                }
                 Err(error) => eprintln!("warning: {error}; passed over"),
             }
         }
@@ -673,7 +676,8 @@ impl Run<'_> {
             None => None,
             Some(contrast) => {
                 let read = |folder: &Path, side: &str| -> Result<ReferenceLogps, TrainError> {
-                    let model = Transformer::read(folder, &self.device)?;
+                    let model = Transformer::read(folder, &self.device)?
+                        .with_precision(self.recipe.precision);
                     let expected = start.config().vocab_size;
                     if model.config().vocab_size != expected {
                         return Err(TrainError::Recipe {
@@ -782,7 +786,11 @@ impl Run<'_> {
             // A fresh model is a function of these.
             (None, None) => format!("fresh {} {:?}", self.recipe.seed, self.recipe.model),
         };
-        Ok(ReferenceCache::key(&model, pairs, size, &self.device_name))
+        let device = match self.recipe.precision {
+            Precision::F32 => self.device_name.clone(),
+            Precision::Bf16 => format!("{} bf16", self.device_name),
+        };
+        Ok(ReferenceCache::key(&model, pairs, size, &device))
     }
 
     fn logps_path(&self, split: &str) -> PathBuf {

@@ -101,9 +101,11 @@ impl Past for TensorCache {
         let end = self.len + seq;
         let slot = [0..batch, 0..heads, self.len..end, 0..width];
         let (keys, values) = &mut self.layers[layer];
-        // `inplace` hands over the only reference, so that storage nobody else holds is reused.
-        keys.inplace(|keys| keys.slice_assign(slot.clone(), key));
-        values.inplace(|values| values.slice_assign(slot, value));
+        // `inplace` hands over the only reference, so that storage nobody else holds is reused. The
+        // first keys say what all are in.
+        let dtype = key.dtype();
+        keys.inplace(|keys| keys.cast(dtype).slice_assign(slot.clone(), key));
+        values.inplace(|values| values.cast(dtype).slice_assign(slot, value));
         (
             keys.clone().narrow(2, 0, end),
             values.clone().narrow(2, 0, end),

@@ -8,6 +8,8 @@ use ops::exp;
 
 /// Slots whose weights are held at once.
 const BLOCK: usize = 64;
+/// The most heads of a row that are taken together.
+const HEADS: usize = 16;
 /// Products of queries with keys beyond which the cores share the work.
 const WORTH_SHARING: usize = 1 << 15;
 
@@ -35,82 +37,108 @@ pub(super) fn attend<'p>(
     mixed: &mut [f32],
 ) {
     let arch = Arch::new();
-    let span = heads.groups * heads.width;
-    let one = |index: usize, mixed: &mut [f32]| {
-        let (row, head) = (index / heads.n_kv, index % heads.n_kv);
-        arch.dispatch(Group {
-            queries: &queries[row * stride + head * span..][..span],
+    let n_heads = heads.n_kv * heads.groups;
+    let span = n_heads * heads.width;
+    let rows = mixed.len() / span;
+    let products: usize = (0..rows).map(|row| path(row).len()).sum::<usize>() * span;
+    let shared = products > WORTH_SHARING;
+    // Heads lie side by side in a slot: those of a part are read in one go. A row is divided only where
+    // a few rows would leave a core without work.
+    let threads = rayon::current_num_threads();
+    let even = rows.is_multiple_of(threads) || rows >= 4 * threads;
+    let parts = if shared && !even { threads } else { 1 };
+    let count = n_heads.div_ceil(parts).min(HEADS);
+    let part = |row: usize, part: usize, mixed: &mut [f32]| {
+        let first = part * count;
+        let from = row * stride + first * heads.width;
+        arch.dispatch(Part {
+            queries: &queries[from..][..mixed.len()],
+            first,
+            heads,
             layer,
-            pool_width: heads.n_kv * heads.width,
-            offset: head * heads.width,
-            width: heads.width,
             path: path(row),
             mixed,
         });
     };
-    let rows = mixed.len() / (heads.n_kv * span);
-    let products: usize = (0..rows).map(|row| path(row).len()).sum::<usize>() * heads.n_kv * span;
-    if products <= WORTH_SHARING {
-        for (index, mixed) in mixed.chunks_exact_mut(span).enumerate() {
-            one(index, mixed);
-        }
+    if shared {
+        let by_row = mixed.par_chunks_exact_mut(span).enumerate();
+        by_row.for_each(|(row, mixed)| {
+            let parts = mixed.par_chunks_mut(count * heads.width).enumerate();
+            parts.for_each(|(index, mixed)| part(row, index, mixed));
+        });
     } else {
-        let chunks = mixed.par_chunks_exact_mut(span).enumerate();
-        chunks.for_each(|(index, mixed)| one(index, mixed));
+        for (row, mixed) in mixed.chunks_exact_mut(span).enumerate() {
+            for (index, mixed) in mixed.chunks_mut(count * heads.width).enumerate() {
+                part(row, index, mixed);
+            }
+        }
     }
 }
 
-/// One row's query heads that share a key head.
-struct Group<'a> {
-    /// `[groups, width]`.
+/// Some neighbouring query heads of one row.
+struct Part<'a> {
+    /// `[heads, width]`.
     queries: &'a [f32],
+    /// The number of the first.
+    first: usize,
+    heads: Heads,
     layer: &'a Layer,
-    pool_width: usize,
-    /// Where the head begins within a slot.
-    offset: usize,
-    width: usize,
     path: &'a [u32],
-    /// `[groups, width]`.
+    /// `[heads, width]`.
     mixed: &'a mut [f32],
 }
 
-impl WithSimd for Group<'_> {
+impl WithSimd for Part<'_> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let slot = |side: &'_ [f32], slot: u32| -> std::ops::Range<usize> {
-            let from = slot as usize * self.pool_width + self.offset;
-            debug_assert!(from + self.width <= side.len(), "the slot has been written");
-            from..from + self.width
+        let Heads {
+            n_kv,
+            groups,
+            width,
+        } = self.heads;
+        let count = self.queries.len() / width;
+        // The place of a query head's keys and values in a slot.
+        let slot = |at: u32, head: usize| {
+            let from = (at as usize * n_kv + (self.first + head) / groups) * width;
+            from..from + width
         };
         let (keys, values) = (&self.layer.keys[..], &self.layer.values[..]);
-        let queries = self.queries.chunks_exact(self.width);
-        for (query, mixed) in queries.zip(self.mixed.chunks_exact_mut(self.width)) {
-            // The softmax by blocks: sums so far are kept relative to the largest score so far.
-            let (mut largest, mut total) = (f32::NEG_INFINITY, 0.0_f32);
-            mixed.fill(0.0);
-            for path in self.path.chunks(BLOCK) {
-                let mut weights = [0.0_f32; BLOCK];
-                let mut highest = largest;
-                for (weight, &at) in weights.iter_mut().zip(path) {
-                    *weight = dot(simd, query, &keys[slot(keys, at)]);
-                    highest = highest.max(*weight);
-                }
-                let shrink = exp(largest - highest);
-                if shrink < 1.0 {
-                    total *= shrink;
-                    scale(simd, shrink, mixed);
-                }
-                largest = highest;
-                for weight in &mut weights {
-                    *weight = exp(*weight - highest);
-                }
-                for (&weight, &at) in weights.iter().zip(path) {
-                    total += weight;
-                    add_scaled(simd, weight, &values[slot(values, at)], mixed);
+        // The softmax by blocks: sums so far are kept relative to the largest score so far.
+        let mut largest = [f32::NEG_INFINITY; HEADS];
+        let mut totals = [0.0_f32; HEADS];
+        let mut weights = [[0.0_f32; BLOCK]; HEADS];
+        self.mixed.fill(0.0);
+        for path in self.path.chunks(BLOCK) {
+            for (index, &at) in path.iter().enumerate() {
+                let queries = self.queries.chunks_exact(width);
+                for (head, (query, weights)) in queries.zip(&mut weights).enumerate() {
+                    weights[index] = dot(simd, query, &keys[slot(at, head)]);
                 }
             }
+            for head in 0..count {
+                let weights = &mut weights[head][..path.len()];
+                let highest = weights.iter().fold(largest[head], |a, &b| a.max(b));
+                let shrink = exp(largest[head] - highest);
+                if shrink < 1.0 {
+                    totals[head] *= shrink;
+                    scale(simd, shrink, &mut self.mixed[head * width..][..width]);
+                }
+                largest[head] = highest;
+                for weight in weights.iter_mut() {
+                    *weight = exp(*weight - highest);
+                }
+                totals[head] += weights.iter().sum::<f32>();
+            }
+            for (index, &at) in path.iter().enumerate() {
+                let mixed = self.mixed.chunks_exact_mut(width);
+                for (head, (mixed, weights)) in mixed.zip(&weights).enumerate() {
+                    add_scaled(simd, weights[index], &values[slot(at, head)], mixed);
+                }
+            }
+        }
+        for (mixed, total) in self.mixed.chunks_exact_mut(width).zip(totals) {
             scale(simd, 1.0 / total, mixed);
         }
     }

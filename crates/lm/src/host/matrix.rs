@@ -1,7 +1,5 @@
 //! Matrices laid out for one pass over memory.
 
-use std::cell::RefCell;
-
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -20,7 +18,8 @@ const LOWEST: u32 = 0xff;
 pub(super) const WORTH_SHARING: usize = 1 << 16;
 /// Weights of one task where work is shared: few enough that the cores end together.
 const TASK_WEIGHTS: usize = 1 << 15;
-/// Groups of inputs whose weights are unpacked at a time: 16 KiB, half of a small first-level cache.
+/// Groups of inputs that all rows are multiplied with before the next: weights of at most 16 KiB, half
+/// of a small first-level cache.
 const CHUNK_GROUPS: usize = 32;
 /// Registers of a panel that are summed together where rows are many: with six rows' sums, or eight,
 /// they fit the registers of every processor.
@@ -284,7 +283,7 @@ impl WithSimd for BlockRows {
 
     fn with_simd<S: Simd>(self, _simd: S) -> usize {
         let most = if self.rows <= most_direct(S::F32_LANES) {
-            self.rows
+            self.rows.min(8)
         } else if S::F32_LANES == 16 {
             8
         } else {
@@ -299,7 +298,9 @@ const fn most_direct(lanes: usize) -> usize {
     match lanes {
         16 => 8,
         8 => 2,
-        _ => 1,
+        4 => 1,
+        // Without vectors there is nothing to gain.
+        _ => usize::MAX,
     }
 }
 
@@ -310,13 +311,20 @@ trait Weights {
     /// Words for a panel's weights of a group of inputs.
     const PER_GROUP: usize;
 
-    /// A panel's weights of one `INPUT` of a group in `V` registers.
+    /// `N` registers, from the one with number `FIRST` on, of a panel's weights of one `INPUT` of a
+    /// group, which are `V` registers in all.
     ///
     /// Without closures: one that is not inlined would be compiled for the plainest processor.
-    fn load<S: Simd, const V: usize, const INPUT: usize>(
+    fn load<
+        S: Simd,
+        const V: usize,
+        const INPUT: usize,
+        const FIRST: usize,
+        const N: usize,
+    >(
         simd: S,
         words: &[Self::Word],
-    ) -> [S::f32s; V];
+    ) -> [S::f32s; N];
 }
 
 struct Full;
@@ -326,10 +334,19 @@ impl Weights for Full {
     const PER_GROUP: usize = GROUP * PANEL;
 
     #[inline(always)]
-    fn load<S: Simd, const V: usize, const INPUT: usize>(simd: S, words: &[f32]) -> [S::f32s; V] {
+    fn load<
+        S: Simd,
+        const V: usize,
+        const INPUT: usize,
+        const FIRST: usize,
+        const N: usize,
+    >(
+        simd: S,
+        words: &[f32],
+    ) -> [S::f32s; N] {
         let (words, _) = S::as_simd_f32s(&words[INPUT * PANEL..][..PANEL]);
-        let mut weights = [simd.splat_f32s(0.0); V];
-        weights.copy_from_slice(&words[..V]);
+        let mut weights = [simd.splat_f32s(0.0); N];
+        weights.copy_from_slice(&words[FIRST..][..N]);
         weights
     }
 }
@@ -341,11 +358,21 @@ impl Weights for Bf16 {
     const PER_GROUP: usize = GROUP * PANEL / 2;
 
     #[inline(always)]
-    fn load<S: Simd, const V: usize, const INPUT: usize>(simd: S, words: &[u32]) -> [S::f32s; V] {
+    fn load<
+        S: Simd,
+        const V: usize,
+        const INPUT: usize,
+        const FIRST: usize,
+        const N: usize,
+    >(
+        simd: S,
+        words: &[u32],
+    ) -> [S::f32s; N] {
         let (words, _) = S::as_simd_u32s(&words[INPUT * PANEL / 2..][..PANEL / 2]);
-        let mut weights = [simd.splat_f32s(0.0); V];
-        for (register, weight) in weights.iter_mut().enumerate() {
-            *weight = simd.transmute_f32s_u32s(upper_half::<S, V>(simd, words, register));
+        let mut weights = [simd.splat_f32s(0.0); N];
+        for (at, weight) in weights.iter_mut().enumerate() {
+            let upper = upper_half::<S, V>(simd, words, FIRST + at);
+            *weight = simd.transmute_f32s_u32s(upper);
         }
         weights
     }
@@ -358,12 +385,22 @@ impl Weights for Bytes3 {
     const PER_GROUP: usize = GROUP * PANEL / 4 * 3;
 
     #[inline(always)]
-    fn load<S: Simd, const V: usize, const INPUT: usize>(simd: S, words: &[u32]) -> [S::f32s; V] {
+    fn load<
+        S: Simd,
+        const V: usize,
+        const INPUT: usize,
+        const FIRST: usize,
+        const N: usize,
+    >(
+        simd: S,
+        words: &[u32],
+    ) -> [S::f32s; N] {
         let (upper, third) = words.split_at(GROUP * PANEL / 2);
         let (upper, _) = S::as_simd_u32s(&upper[INPUT * PANEL / 2..][..PANEL / 2]);
         let (third, _) = S::as_simd_u32s(third);
-        let mut weights = [simd.splat_f32s(0.0); V];
-        for (register, weight) in weights.iter_mut().enumerate() {
+        let mut weights = [simd.splat_f32s(0.0); N];
+        for (at, weight) in weights.iter_mut().enumerate() {
+            let register = FIRST + at;
             // The input's byte goes to where an f32 has its third.
             let third = match INPUT {
                 0 => simd.wrapping_dyn_shl_u32s(third[register], simd.splat_u32s(8)),
@@ -430,13 +467,12 @@ impl<W: Weights> Products<'_, W> {
         let products = self.products.chunks_exact_mut(self.n_rows * PANEL);
         if self.n_rows <= most_direct(S::F32_LANES) {
             for (panel, products) in panels.zip(products) {
-                by_rows::<S, W, V>(simd, panel, self.rows, products);
+                let blocks = self.rows.chunks(self.block * self.padded);
+                for (rows, out) in blocks.zip(products.chunks_mut(self.block * PANEL)) {
+                    by_rows::<S, W, V>(simd, panel, rows, out);
+                }
             }
             return;
-        }
-        let mut unpacked = UNPACKED.take();
-        if unpacked.len() != CHUNK_GROUPS * GROUP * PANEL {
-            unpacked = Lines::zeros(CHUNK_GROUPS * GROUP * PANEL);
         }
         for (panel, products) in panels.zip(products) {
             products.fill(0.0);
@@ -444,101 +480,84 @@ impl<W: Weights> Products<'_, W> {
             let chunks = panel.chunks(CHUNK_GROUPS * W::PER_GROUP);
             for (chunk, words) in chunks.enumerate() {
                 let inputs = words.len() / W::PER_GROUP * GROUP;
-                unpack::<S, W, V>(simd, words, &mut unpacked);
                 let blocks = self.rows.chunks(self.block * self.padded);
                 for (rows, out) in blocks.zip(products.chunks_mut(self.block * PANEL)) {
                     let n_rows = out.len() / PANEL;
                     let first = chunk * CHUNK_GROUPS * GROUP * n_rows;
                     let rows = &rows[first..][..inputs * n_rows];
-                    by_strips::<S>(simd, &unpacked, rows, out);
+                    by_strips::<S, W, V>(simd, words, rows, out);
                 }
             }
         }
-        // No closure: see [`Weights::load`].
-        UNPACKED.set(unpacked);
     }
 }
 
-thread_local! {
-    /// Some unpacked weights of a panel, kept from product to product.
-    static UNPACKED: RefCell<Lines<f32>> = const {
-        RefCell::new(Lines { storage: Vec::new(), start: 0 })
-    };
-}
-
-/// A panel's weights as [`Full`] has them.
+/// Adds to `out` the products of up to eight rows.
 #[inline(always)]
-fn unpack<S: Simd, W: Weights, const V: usize>(simd: S, words: &[W::Word], unpacked: &mut [f32]) {
-    let groups = words.chunks_exact(W::PER_GROUP);
-    for (words, out) in groups.zip(unpacked.chunks_exact_mut(GROUP * PANEL)) {
-        store(simd, W::load::<S, V, 0>(simd, words), &mut out[..PANEL]);
-        store(
-            simd,
-            W::load::<S, V, 1>(simd, words),
-            &mut out[PANEL..][..PANEL],
-        );
-        store(
-            simd,
-            W::load::<S, V, 2>(simd, words),
-            &mut out[2 * PANEL..][..PANEL],
-        );
-        store(simd, W::load::<S, V, 3>(simd, words), &mut out[3 * PANEL..]);
-    }
-}
-
-#[inline(always)]
-fn store<S: Simd, const V: usize>(_simd: S, registers: [S::f32s; V], out: &mut [f32]) {
-    let (out, _) = S::as_mut_simd_f32s(out);
-    out.copy_from_slice(&registers);
-}
-
-/// Adds to `out` the products of up to eight rows with weights as [`Full`] has them.
-#[inline(always)]
-fn by_strips<S: Simd>(simd: S, weights: &[f32], rows: &[f32], out: &mut [f32]) {
+fn by_strips<S: Simd, W: Weights, const V: usize>(
+    simd: S,
+    words: &[W::Word],
+    rows: &[f32],
+    out: &mut [f32],
+) {
     match out.len() / PANEL {
-        1 => add_strips::<S, 1>(simd, weights, rows, out),
-        2 => add_strips::<S, 2>(simd, weights, rows, out),
-        3 => add_strips::<S, 3>(simd, weights, rows, out),
-        4 => add_strips::<S, 4>(simd, weights, rows, out),
-        5 => add_strips::<S, 5>(simd, weights, rows, out),
-        6 => add_strips::<S, 6>(simd, weights, rows, out),
-        7 => add_strips::<S, 7>(simd, weights, rows, out),
-        _ => add_strips::<S, 8>(simd, weights, rows, out),
+        1 => strips::<S, W, V, 1>(simd, words, rows, out),
+        2 => strips::<S, W, V, 2>(simd, words, rows, out),
+        3 => strips::<S, W, V, 3>(simd, words, rows, out),
+        4 => strips::<S, W, V, 4>(simd, words, rows, out),
+        5 => strips::<S, W, V, 5>(simd, words, rows, out),
+        6 => strips::<S, W, V, 6>(simd, words, rows, out),
+        7 => strips::<S, W, V, 7>(simd, words, rows, out),
+        _ => strips::<S, W, V, 8>(simd, words, rows, out),
     }
 }
 
-/// Adds the products of `R` rows, [`STRIP`] registers of the panel after another.
+/// Adds the products of `R` rows, [`STRIP`] registers of a panel after another.
 #[inline(always)]
-fn add_strips<S: Simd, const R: usize>(simd: S, weights: &[f32], rows: &[f32], out: &mut [f32]) {
-    let width = STRIP * S::F32_LANES;
-    let (rows, _) = rows.as_chunks::<R>();
-    let mut first = 0;
-    // A processor without vectors has panels of one-lane registers, and strips of two.
-    while first < PANEL {
-        let mut sums = [[simd.splat_f32s(0.0); STRIP]; R];
-        for (sums, out) in sums.iter_mut().zip(out.chunks_exact(PANEL)) {
-            let (out, _) = S::as_simd_f32s(&out[first..][..width]);
-            sums.copy_from_slice(out);
-        }
-        for (weights, rows) in weights.chunks_exact(PANEL).zip(rows) {
-            let (weights, _) = S::as_simd_f32s(&weights[first..][..width]);
-            let weights = [weights[0], weights[1]];
-            for (sums, &x) in sums.iter_mut().zip(rows) {
-                let x = simd.splat_f32s(x);
-                for (sum, &weight) in sums.iter_mut().zip(&weights) {
-                    *sum = simd.mul_add_f32s(weight, x, *sum);
-                }
-            }
-        }
-        for (sums, out) in sums.iter().zip(out.chunks_exact_mut(PANEL)) {
-            let (out, _) = S::as_mut_simd_f32s(&mut out[first..][..width]);
-            out.copy_from_slice(sums);
-        }
-        first += width;
+fn strips<S: Simd, W: Weights, const V: usize, const R: usize>(
+    simd: S,
+    words: &[W::Word],
+    rows: &[f32],
+    out: &mut [f32],
+) {
+    strip::<S, W, V, R, 0>(simd, words, rows, out);
+    if V >= 4 {
+        strip::<S, W, V, R, 2>(simd, words, rows, out);
+    }
+    if V >= 8 {
+        strip::<S, W, V, R, 4>(simd, words, rows, out);
+        strip::<S, W, V, R, 6>(simd, words, rows, out);
     }
 }
 
-/// Writes the products of a few rows with weights that are unpacked on the way.
+/// Adds the products of `R` rows with [`STRIP`] registers of a panel, from the one with number `FIRST`.
+#[inline(always)]
+fn strip<S: Simd, W: Weights, const V: usize, const R: usize, const FIRST: usize>(
+    simd: S,
+    words: &[W::Word],
+    rows: &[f32],
+    out: &mut [f32],
+) {
+    let place = FIRST * S::F32_LANES..(FIRST + STRIP) * S::F32_LANES;
+    let mut sums = [[simd.splat_f32s(0.0); STRIP]; R];
+    for (sums, out) in sums.iter_mut().zip(out.chunks_exact(PANEL)) {
+        let (out, _) = S::as_simd_f32s(&out[place.clone()]);
+        sums.copy_from_slice(out);
+    }
+    let groups = words.chunks_exact(W::PER_GROUP);
+    for (words, rows) in groups.zip(rows.chunks_exact(GROUP * R)) {
+        add::<S, W, V, R, 0, FIRST, STRIP>(simd, words, rows, &mut sums);
+        add::<S, W, V, R, 1, FIRST, STRIP>(simd, words, rows, &mut sums);
+        add::<S, W, V, R, 2, FIRST, STRIP>(simd, words, rows, &mut sums);
+        add::<S, W, V, R, 3, FIRST, STRIP>(simd, words, rows, &mut sums);
+    }
+    for (sums, out) in sums.iter().zip(out.chunks_exact_mut(PANEL)) {
+        let (out, _) = S::as_mut_simd_f32s(&mut out[place.clone()]);
+        out.copy_from_slice(sums);
+    }
+}
+
+/// Writes the products of a few rows, all registers of a panel together.
 #[inline(always)]
 fn by_rows<S: Simd, W: Weights, const V: usize>(
     simd: S,
@@ -575,10 +594,10 @@ fn product<S: Simd, W: Weights, const V: usize, const R: usize, const U: usize>(
     let mut sums = [[[simd.splat_f32s(0.0); V]; R]; U];
     let panel = panel.chunks_exact(W::PER_GROUP);
     for (words, rows) in panel.zip(rows.chunks_exact(GROUP * R)) {
-        add::<S, W, V, R, 0>(simd, words, rows, &mut sums[0]);
-        add::<S, W, V, R, 1>(simd, words, rows, &mut sums[1 % U]);
-        add::<S, W, V, R, 2>(simd, words, rows, &mut sums[2 % U]);
-        add::<S, W, V, R, 3>(simd, words, rows, &mut sums[3 % U]);
+        add::<S, W, V, R, 0, 0, V>(simd, words, rows, &mut sums[0]);
+        add::<S, W, V, R, 1, 0, V>(simd, words, rows, &mut sums[1 % U]);
+        add::<S, W, V, R, 2, 0, V>(simd, words, rows, &mut sums[2 % U]);
+        add::<S, W, V, R, 3, 0, V>(simd, words, rows, &mut sums[3 % U]);
     }
     for (row, out) in out.chunks_exact_mut(PANEL).enumerate() {
         let (out, _) = S::as_mut_simd_f32s(out);
@@ -592,15 +611,23 @@ fn product<S: Simd, W: Weights, const V: usize, const R: usize, const U: usize>(
     }
 }
 
-/// Adds the products of one input of a group.
+/// Adds the products of one input of a group with `N` registers of a panel.
 #[inline(always)]
-fn add<S: Simd, W: Weights, const V: usize, const R: usize, const INPUT: usize>(
+fn add<
+    S: Simd,
+    W: Weights,
+    const V: usize,
+    const R: usize,
+    const INPUT: usize,
+    const FIRST: usize,
+    const N: usize,
+>(
     simd: S,
     words: &[W::Word],
     rows: &[f32],
-    sums: &mut [[S::f32s; V]; R],
+    sums: &mut [[S::f32s; N]; R],
 ) {
-    let weights = W::load::<S, V, INPUT>(simd, words);
+    let weights = W::load::<S, V, INPUT, FIRST, N>(simd, words);
     for (sums, &x) in sums.iter_mut().zip(&rows[INPUT * R..][..R]) {
         let x = simd.splat_f32s(x);
         for (sum, &weight) in sums.iter_mut().zip(&weights) {
