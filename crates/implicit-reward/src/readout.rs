@@ -244,21 +244,30 @@ impl WithSimd for Top<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _simd: S) -> Vec<u32> {
         let Self { row, n } = self;
-        /// Numbers that are looked at together: few blocks hold anything above the least kept.
-        const BLOCK: usize = 16;
+        /// Numbers that are looked at together.
+        const BLOCK: usize = 32;
+        let n = n.min(row.len());
         if n == 0 {
             return Vec::new();
         }
-        let mut kept: Vec<(f32, u32)> = Vec::with_capacity(n.min(row.len()) + 1);
+        // The n-th largest of the blocks' largest numbers is no more than the n-th largest of all: few
+        // blocks hold anything that is not below it.
+        let highest: Vec<f32> = row.chunks(BLOCK).map(largest_of).collect();
+        let least = if n < highest.len() {
+            let mut sorted = highest.clone();
+            *sorted
+                .select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a))
+                .1
+        } else {
+            f32::NEG_INFINITY
+        };
+        let mut kept: Vec<(f32, u32)> = Vec::with_capacity(n + 1);
         for (block, values) in row.chunks(BLOCK).enumerate() {
-            if kept.len() == n {
-                let least = kept[n - 1].0;
-                if !values.iter().fold(false, |any, &x| any | (x > least)) {
-                    continue;
-                }
+            if highest[block] < least {
+                continue;
             }
             for (offset, &x) in values.iter().enumerate() {
-                if kept.len() == n && x <= kept[n - 1].0 {
+                if x < least || (kept.len() == n && x <= kept[n - 1].0) {
                     continue;
                 }
                 let place = kept.partition_point(|&(kept, _)| kept >= x);
@@ -268,6 +277,21 @@ impl WithSimd for Top<'_> {
         }
         kept.into_iter().map(|(_, id)| id).collect()
     }
+}
+
+/// The largest of some numbers.
+#[inline(always)]
+fn largest_of(values: &[f32]) -> f32 {
+    const LANES: usize = 8;
+    let (lanes, rest) = values.as_chunks::<LANES>();
+    let mut most = [f32::NEG_INFINITY; LANES];
+    for chunk in lanes {
+        for (most, &x) in most.iter_mut().zip(chunk) {
+            *most = if x > *most { x } else { *most };
+        }
+    }
+    let larger = |most: f32, &x: &f32| if x > most { x } else { most };
+    most.iter().chain(rest).fold(f32::NEG_INFINITY, larger)
 }
 
 #[cfg(test)]

@@ -1,10 +1,12 @@
 //! Two rows of logits in one pass: normalisers, entropies, divergences.
 
-use ops::exp;
+use ops::{exp, exp_lanes};
 use pulp::{Arch, Simd, WithSimd};
 
-/// After this many numbers of a lane its f32 sum goes into f64: its rounding stays below 1e-6.
+/// After this many registers a lane's f32 sum goes into f64: its rounding stays below 1e-6.
 const BLOCK: usize = 64;
+/// The most lanes of a register.
+const LANES: usize = 16;
 
 /// What two rows of logits say together; nats.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -27,36 +29,47 @@ impl RowPair {
         Arch::new().dispatch(Read { policy, reference })
     }
 
-    /// Sums are kept in `LANES` lanes, of which the compiler makes vector registers.
     #[inline(always)]
-    fn of<const LANES: usize>(policy: &[f32], reference: &[f32]) -> Option<Self> {
+    fn of<S: Simd>(simd: S, policy: &[f32], reference: &[f32]) -> Option<Self> {
         let (p_largest, q_largest) = (largest(policy), largest(reference));
+        let (p_lanes, p_rest) = S::as_simd_f32s(policy);
+        let (q_lanes, q_rest) = S::as_simd_f32s(reference);
+        let (p_high, q_high) = (simd.splat_f32s(p_largest), simd.splat_f32s(q_largest));
         // With a = p − max p and b = q − max q: Σ e^a, Σ e^b, Σ a e^a, Σ b e^b, Σ (a−b) e^a and
         // Σ (b−a) e^b hold everything; no probability is stored.
         let mut totals = [0.0_f64; 6];
-        let blocks = policy.chunks(BLOCK * LANES);
-        for (p, q) in blocks.zip(reference.chunks(BLOCK * LANES)) {
-            let mut sums = [[0.0_f32; LANES]; 6];
-            let (p_lanes, p_rest) = p.as_chunks::<LANES>();
-            let (q_lanes, q_rest) = q.as_chunks::<LANES>();
-            for (p, q) in p_lanes.iter().zip(q_lanes) {
-                add(&mut sums, p, q, p_largest, q_largest);
-            }
-            // The rest in lanes too, of which the others are not taken.
-            if !p_rest.is_empty() {
-                let (mut p, mut q) = ([0.0; LANES], [0.0; LANES]);
-                let mut few = [[0.0_f32; LANES]; 6];
-                p[..p_rest.len()].copy_from_slice(p_rest);
-                q[..q_rest.len()].copy_from_slice(q_rest);
-                add(&mut few, &p, &q, p_largest, q_largest);
-                for (sums, few) in sums.iter_mut().zip(few) {
-                    for (sum, x) in sums.iter_mut().zip(few).take(p_rest.len()) {
-                        *sum += x;
-                    }
-                }
+        for (p, q) in p_lanes.chunks(BLOCK).zip(q_lanes.chunks(BLOCK)) {
+            let mut sums = [simd.splat_f32s(0.0); 6];
+            for (&p, &q) in p.iter().zip(q) {
+                let (a, b) = (simd.sub_f32s(p, p_high), simd.sub_f32s(q, q_high));
+                let (p_exp, q_exp) = (exp_lanes(simd, a), exp_lanes(simd, b));
+                sums[0] = simd.add_f32s(sums[0], p_exp);
+                sums[1] = simd.add_f32s(sums[1], q_exp);
+                sums[2] = simd.mul_add_f32s(p_exp, a, sums[2]);
+                sums[3] = simd.mul_add_f32s(q_exp, b, sums[3]);
+                sums[4] = simd.mul_add_f32s(p_exp, simd.sub_f32s(a, b), sums[4]);
+                sums[5] = simd.mul_add_f32s(q_exp, simd.sub_f32s(b, a), sums[5]);
             }
             for (total, sum) in totals.iter_mut().zip(sums) {
-                *total += sum.iter().map(|&x| f64::from(x)).sum::<f64>();
+                let mut lanes = [0.0_f32; LANES];
+                let (out, _) = S::as_mut_simd_f32s(&mut lanes);
+                out[0] = sum;
+                *total += lanes.iter().map(|&x| f64::from(x)).sum::<f64>();
+            }
+        }
+        for (&p, &q) in p_rest.iter().zip(q_rest) {
+            let (a, b) = (p - p_largest, q - q_largest);
+            let (p_exp, q_exp) = (exp(a), exp(b));
+            let terms = [
+                p_exp,
+                q_exp,
+                p_exp * a,
+                q_exp * b,
+                p_exp * (a - b),
+                q_exp * (b - a),
+            ];
+            for (total, term) in totals.iter_mut().zip(terms) {
+                *total += f64::from(term);
             }
         }
         // A NaN or an infinity anywhere is in the product of a shifted logit and its exponential.
@@ -87,48 +100,8 @@ impl WithSimd for Read<'_> {
     type Output = Option<RowPair>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _simd: S) -> Option<RowPair> {
-        // Six sums and what they are made of fit the registers: 32 of 16 lanes, or 16 of 8.
-        if S::F32_LANES == 16 {
-            RowPair::of::<16>(self.policy, self.reference)
-        } else {
-            RowPair::of::<8>(self.policy, self.reference)
-        }
-    }
-}
-
-/// Adds the six terms of each lane.
-#[inline(always)]
-fn add<const LANES: usize>(
-    sums: &mut [[f32; LANES]; 6],
-    p: &[f32; LANES],
-    q: &[f32; LANES],
-    p_largest: f32,
-    q_largest: f32,
-) {
-    // A loop for each quantity: each becomes a few vector instructions.
-    let mut a = [0.0; LANES];
-    let mut b = [0.0; LANES];
-    let mut p_exp = [0.0; LANES];
-    let mut q_exp = [0.0; LANES];
-    for lane in 0..LANES {
-        a[lane] = p[lane] - p_largest;
-        b[lane] = q[lane] - q_largest;
-    }
-    for lane in 0..LANES {
-        p_exp[lane] = exp(a[lane]);
-    }
-    for lane in 0..LANES {
-        q_exp[lane] = exp(b[lane]);
-    }
-    let [p_sum, q_sum, p_own, q_own, p_cross, q_cross] = sums;
-    for lane in 0..LANES {
-        p_sum[lane] += p_exp[lane];
-        q_sum[lane] += q_exp[lane];
-        p_own[lane] += p_exp[lane] * a[lane];
-        q_own[lane] += q_exp[lane] * b[lane];
-        p_cross[lane] += p_exp[lane] * (a[lane] - b[lane]);
-        q_cross[lane] += q_exp[lane] * (b[lane] - a[lane]);
+    fn with_simd<S: Simd>(self, simd: S) -> Option<RowPair> {
+        RowPair::of(simd, self.policy, self.reference)
     }
 }
 

@@ -35,7 +35,7 @@ use burn::tensor::{Bool, Device, Tensor};
 
 pub use attention::{Family, Heads, Spans, Turns, attend, attention};
 pub use backend::Ops;
-pub use exp::exp;
+pub use exp::{exp, exp_lanes};
 pub use head::{HeadOutput, head_logps};
 #[cfg(feature = "flex")]
 pub use host::HostOps;

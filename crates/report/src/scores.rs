@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Value, json};
+use serde::ser::SerializeSeq;
+use serde::{Serialize, Serializer};
+use serde_json::json;
 
 use crate::number::signed;
 use crate::page::{escape, page_with};
@@ -102,14 +104,18 @@ impl PageRow {
             .collect();
         ids.sort_unstable();
         ids.dedup();
-        let completions: Vec<Value> = row
+        let completions: Vec<EncodedCompletion<'_>> = row
             .completions
             .iter()
             .enumerate()
             .map(|(at, completion)| encode(completion, marks.get(at)))
             .collect();
         Self {
-            json: in_script(&json!({ "n": row.name, "p": row.prompt, "c": completions })),
+            json: in_script(&Encoded {
+                n: &row.name,
+                p: &row.prompt,
+                c: completions,
+            }),
             rewards: readouts()
                 .map(|r| beta * (r.policy_logp - r.reference_logp))
                 .collect(),
@@ -214,61 +220,109 @@ const CONTROLS: &str = "<label>Sort <select id=\"sort\"><option value=\"file\">a
 
 /// A completion as arrays, one entry a token: texts, ids, logps of both models, entropies,
 /// divergences, alternatives, and whether the token differs from the other completion.
-fn encode(completion: &ScoredCompletion, marks: Option<&Vec<bool>>) -> Value {
-    let rounded = |x: f64| -> Value {
-        let x = (x * DIGITS).round() / DIGITS;
-        // Minus zero is a digit more, and says nothing.
-        json!(if x.abs() > 0.0 { x } else { 0.0 })
+/// A row as the script reads it.
+#[derive(Serialize)]
+struct Encoded<'a> {
+    /// Its name.
+    n: &'a str,
+    /// The prompt.
+    p: &'a str,
+    /// Its completions.
+    c: Vec<EncodedCompletion<'a>>,
+}
+
+/// A completion as the script reads it: arrays with an entry for each token.
+#[derive(Serialize)]
+struct EncodedCompletion<'a> {
+    /// Its label.
+    l: &'a str,
+    /// The sum of its rewards.
+    s: f64,
+    /// Texts.
+    t: Vec<&'a str>,
+    /// Ids.
+    i: Vec<u32>,
+    /// Logps under the policy.
+    a: Vec<Option<f64>>,
+    /// Logps under the reference.
+    b: Vec<Option<f64>>,
+    /// Entropies.
+    e: Vec<Option<f64>>,
+    /// Divergences.
+    k: Vec<Option<f64>>,
+    /// Alternatives.
+    x: Vec<Alternatives<'a>>,
+    /// A digit for each token: 1 where the two completions differ.
+    d: String,
+}
+
+/// Id, policy's logp, reference's logp of one after the other.
+struct Alternatives<'a>(&'a [(u32, f64, f64)]);
+
+impl Serialize for Alternatives<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut list = serializer.serialize_seq(Some(3 * self.0.len()))?;
+        for &(id, policy, reference) in self.0 {
+            list.serialize_element(&id)?;
+            list.serialize_element(&rounded(policy))?;
+            list.serialize_element(&rounded(reference))?;
+        }
+        list.end()
+    }
+}
+
+fn rounded(x: f64) -> f64 {
+    let x = (x * DIGITS).round() / DIGITS;
+    // Minus zero is a digit more, and says nothing.
+    if x.abs() > 0.0 { x } else { 0.0 }
+}
+
+fn encode<'a>(
+    completion: &'a ScoredCompletion,
+    marks: Option<&Vec<bool>>,
+) -> EncodedCompletion<'a> {
+    let tokens = &completion.tokens;
+    let column = |of: &dyn Fn(&TokenScores) -> f64| -> Vec<Option<f64>> {
+        let readouts = tokens.iter().map(|token| token.readout.as_ref());
+        readouts.map(|r| r.map(|r| rounded(of(r)))).collect()
     };
-    let column = |of: &dyn Fn(&TokenScores) -> f64| -> Value {
-        let tokens = completion.tokens.iter();
-        tokens
-            .map(|t| t.readout.as_ref().map_or(Value::Null, |r| rounded(of(r))))
-            .collect()
+    let alternatives = |token: &'a ScoredToken| {
+        let readout = token.readout.as_ref();
+        Alternatives(readout.map_or(&[], |readout| &readout.alternatives[..]))
     };
-    let alternatives: Value = completion
-        .tokens
-        .iter()
-        .map(|token| -> Value {
-            let alternatives = token.readout.iter().flat_map(|r| &r.alternatives);
-            alternatives
-                .flat_map(|(id, policy, reference)| {
-                    [json!(id), rounded(*policy), rounded(*reference)]
-                })
-                .collect()
-        })
-        .collect();
-    let marks: String = marks
-        .into_iter()
-        .flatten()
-        .map(|&differs| if differs { '1' } else { '0' })
-        .collect();
-    json!({
-        "l": completion.label,
-        "s": completion.total,
-        "t": completion.tokens.iter().map(|t| &t.text).collect::<Vec<_>>(),
-        "i": completion.tokens.iter().map(|t| t.id).collect::<Vec<_>>(),
-        "a": column(&|r| r.policy_logp),
-        "b": column(&|r| r.reference_logp),
-        "e": column(&|r| r.entropy),
-        "k": column(&|r| r.kl),
-        "x": alternatives,
-        "d": marks,
-    })
+    EncodedCompletion {
+        l: &completion.label,
+        s: completion.total,
+        t: tokens.iter().map(|token| &token.text[..]).collect(),
+        i: tokens.iter().map(|token| token.id).collect(),
+        a: column(&|r| r.policy_logp),
+        b: column(&|r| r.reference_logp),
+        e: column(&|r| r.entropy),
+        k: column(&|r| r.kl),
+        x: tokens.iter().map(alternatives).collect(),
+        d: marks
+            .into_iter()
+            .flatten()
+            .map(|&differs| if differs { '1' } else { '0' })
+            .collect(),
+    }
 }
 
 /// JSON that may stand in a script element: nothing in it ends the element or opens a comment.
-fn in_script(value: &Value) -> String {
-    let text = value.to_string();
+fn in_script(value: &impl Serialize) -> String {
+    let text = serde_json::to_string(value).expect("numbers and texts are JSON");
     let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            // Outside of strings JSON has none of these.
-            '<' | '>' | '&' | '\u{2028}' | '\u{2029}' => out += &format!("\\u{:04x}", c as u32),
-            c => out.push(c),
-        }
+    let mut rest = &text[..];
+    // Outside of strings JSON has none of these.
+    while let Some(at) = rest.find(['<', '>', '&', '\u{2028}', '\u{2029}']) {
+        let (before, from) = rest.split_at(at);
+        let mut behind = from.chars();
+        let special = behind.next().map_or(0, u32::from);
+        out += before;
+        out += &format!("\\u{special:04x}");
+        rest = behind.as_str();
     }
-    out
+    out + rest
 }
 
 /// Which tokens of two completions are not of a passage that both have, in the same order.
@@ -425,7 +479,7 @@ mod tests {
     fn json_in_a_script_element_has_no_character_that_could_end_it() {
         let text = in_script(&json!({"</script>": "<!-- & \u{2028}"}));
         assert!(!text.contains(['<', '>', '&', '\u{2028}']), "{text}");
-        let back: Value = serde_json::from_str(&text).unwrap();
+        let back: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(back["</script>"], "<!-- & \u{2028}");
     }
 }
