@@ -98,6 +98,9 @@ class Bench:
     def python(self, script, *arguments):
         return [sys.executable, HERE / script, *arguments, "--threads", self.args.threads, "--device", self.args.device]
 
+    def precision(self):
+        return ["--precision", self.args.precision]
+
     def start(self, command):
         return Program(command, self.env)
 
@@ -140,6 +143,7 @@ class Bench:
         for name, n_prompts, beams in [("greedy", 1, 1), ("greedy", BATCH, 1), (f"{BEAMS} beams", 1, BEAMS)]:
             file = self.write("prompts.json", prompts[:n_prompts])
             task = ["--model", folder, "--prompts", file, "--new-tokens", NEW_TOKENS, "--beams", beams]
+            task += self.precision()
             commands = {"r2q": self.r2q("decode", *task), "transformers": self.python("peer_decode.py", *task)}
             self.case("decode", model, f"{name}, batch {n_prompts}", commands, tokens=n_prompts * NEW_TOKENS)
         file = self.write("prompts.json", prompts[:1])
@@ -155,7 +159,7 @@ class Bench:
 
         pairs = [[ids(args.prompt), *(ids(args.completion - 1) + [EOS] for _ in range(2))] for _ in range(args.pairs)]
         task = ["--model", self.model(shape), "--pairs", self.write("pairs.json", pairs), "--beta", BETA,
-                "--learning-rate", LEARNING_RATE, "--warm-up", 2]
+                "--learning-rate", LEARNING_RATE, "--warm-up", 2, *self.precision()]
         r2q = self.r2q("train", *task, "--workers", args.workers)
         commands = {"r2q": r2q, "PyTorch loop": self.python("peer_train.py", "loop", *task),
                     "r2q, prompts apart": [*r2q, "--unshared"], "TRL": self.python("peer_train.py", "trl", *task)}
@@ -315,7 +319,7 @@ def tables(results):
     yield (f"{card}{about['processor']} ({', '.join(about['vector_units'])}), {about['threads']} threads of "
            f"{about['cores']} cores, load before {about['load_before']:.1f}, {about['date']}, commit "
            f"{about['commit']}, {about['rustc']}, " + ", ".join(f"{n} {v}" for n, v in versions.items())
-           + f". Medians of {results['repetitions']} rounds (least to most).")
+           + f". Products in {results.get('precision', 'f32')}. Medians of {results['repetitions']} rounds (least to most).")
     rounds = {"cases": cases, "rounds": [answers for case in cases for answers in case["rounds"]]}
     yield table(["ceiling, over all rounds", "rate"], [
         ["f32 gemm of 2048³, torch, GFLOP/s", spread(ceiling(rounds, "torch", "gemm_gflops"))],
@@ -331,6 +335,8 @@ def tables(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", metavar="decode|train", help="default: both")
+    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32",
+                        help="what every program computes matrix products in")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds of each case")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where every program computes")
@@ -355,7 +361,8 @@ def main():
         about = machine(args)
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(args, Path(folder))
-            results = {"machine": about, "repetitions": args.repetitions, "cases": bench.cases}
+            results = {"machine": about, "repetitions": args.repetitions, "precision": args.precision,
+                       "cases": bench.cases}
             if "decode" in suites:
                 bench.decode("small", bench.model("small"))
                 for model in args.model:

@@ -16,10 +16,12 @@ parser.add_argument("--beams", type=int, default=1)
 parser.add_argument("--warm-up", type=int, default=1)
 parser.add_argument("--threads", type=int, required=True)
 parser.add_argument("--device", default="cpu")
+parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
 args = parser.parse_args()
 
 torch.set_num_threads(args.threads)
-model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa")
+dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa")
 model.to(args.device).eval()
 model.generation_config = transformers.GenerationConfig(
     do_sample=False, num_beams=args.beams, max_new_tokens=args.new_tokens, use_cache=True, eos_token_id=None,

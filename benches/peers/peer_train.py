@@ -24,8 +24,9 @@ def run_loop(model, pairs, args):
 
     def log_ratios():
         """log π(chosen) - log π(rejected) of each pair."""
-        logits = model.lm_head(model.model(ids, use_cache=False).last_hidden_state[:, before])
-        logps = -F.cross_entropy(logits.flatten(0, 1), completions.flatten(), reduction="none")
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
+            logits = model.lm_head(model.model(ids, use_cache=False).last_hidden_state[:, before])
+        logps = -F.cross_entropy(logits.flatten(0, 1).float(), completions.flatten(), reduction="none")
         chosen, rejected = logps.view_as(completions).sum(1).chunk(2)
         return chosen - rejected
 
@@ -47,7 +48,8 @@ def run_loop(model, pairs, args):
 
 
 def run_trl(model, pairs, args):
-    """TRL's trainer with its defaults, but without gradient checkpointing and bf16, which would cost it time here."""
+    """TRL's trainer with its defaults, but without gradient checkpointing, which would cost it time, and in bf16 only where
+    that is asked for."""
     import datasets
     import tokenizers
     import trl
@@ -88,7 +90,7 @@ def run_trl(model, pairs, args):
         config = trl.DPOConfig(
             output_dir=folder, per_device_train_batch_size=len(pairs), max_steps=100_000, beta=args.beta,
             learning_rate=args.learning_rate, lr_scheduler_type="constant", precompute_ref_log_probs=True,
-            gradient_checkpointing=False, bf16=False, max_length=None, train_sampling_strategy="sequential",
+            gradient_checkpointing=False, bf16=args.precision == "bf16", max_length=None, train_sampling_strategy="sequential",
             use_cpu=args.device == "cpu", dataloader_pin_memory=False, logging_steps=1, save_strategy="no", report_to="none",
             disable_tqdm=True)
         trainer = trl.DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Turns()])
@@ -107,6 +109,7 @@ if __name__ == "__main__":
     parser.add_argument("--warm-up", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -94,18 +94,22 @@ pub(crate) fn gpu_check(args: &[OsString]) -> anyhow::Result<ExitCode> {
             .arg(&out),
     )?;
 
-    say("training and decoding beside the peers");
     let card = number.strip_prefix(':').unwrap_or("0");
-    succeed(
-        Command::new(&python)
-            .arg(peers.join("compare.py"))
-            .args(["--device", "cuda"])
-            .args(PEERS)
-            .arg("--json")
-            .arg(out.join("peers.json"))
-            .env("CUDA_VISIBLE_DEVICES", card)
-            .current_dir(root()),
-    )?;
+    for precision in ["f32", "bf16"] {
+        say(&format!(
+            "training and decoding beside the peers, in {precision}"
+        ));
+        succeed(
+            Command::new(&python)
+                .arg(peers.join("compare.py"))
+                .args(["--device", "cuda", "--precision", precision])
+                .args(PEERS)
+                .arg("--json")
+                .arg(out.join(format!("peers-{precision}.json")))
+                .env("CUDA_VISIBLE_DEVICES", card)
+                .current_dir(root()),
+        )?;
+    }
     eprintln!("\nall checks passed; measurements: {}", out.display());
     Ok(ExitCode::SUCCESS)
 }

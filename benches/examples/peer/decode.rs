@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use anyhow::ensure;
 use clap::Args;
-use lm::{Decoder, Decoding, Generate, PrefixCache, Transformer};
+use lm::{Decoder, Decoding, Generate, Precision, PrefixCache, Transformer};
 use search::{
     BeamConfig, Leaf, MctsConfig, NodeId, PrefixModel, PrefixTree, Request, Rows, SearchError,
     SearchOutput, beam_search, mcts,
@@ -28,6 +29,16 @@ struct Task {
     /// Where to compute.
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// What matrix products are computed in on a card; a processor decodes in f32.
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: PrecisionName,
+}
+
+/// A [`Precision`], as an argument.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum PrecisionName {
+    F32,
+    Bf16,
 }
 
 #[derive(Debug, Args)]
@@ -135,14 +146,28 @@ pub(crate) fn serve_tree_search(case: &TreeSearch) -> anyhow::Result<()> {
 impl Task {
     fn read(&self) -> anyhow::Result<(Transformer, Vec<Vec<u32>>)> {
         Ok((
-            read_model(&self.model, &self.device)?,
+            // Nothing is trained further: weights may be kept as they are computed with.
+            read_model(&self.model, &self.device, self.precision)?.with_matrices_rounded(),
             crate::read_json(&self.prompts)?,
         ))
     }
 }
 
-pub(crate) fn read_model(folder: &Path, device: &str) -> anyhow::Result<Transformer> {
-    Ok(Transformer::read(folder, &trainer::device(device)?)?)
+pub(crate) fn read_model(
+    folder: &Path,
+    device: &str,
+    precision: PrecisionName,
+) -> anyhow::Result<Transformer> {
+    let device = trainer::device(device)?;
+    let precision = match precision {
+        PrecisionName::F32 => Precision::F32,
+        PrecisionName::Bf16 => Precision::Bf16,
+    };
+    ensure!(
+        precision.is_supported(&device),
+        "the device does not compute in bf16"
+    );
+    Ok(Transformer::read(folder, &device)?.with_precision(precision))
 }
 
 /// Weights that a token cannot be computed without reading, which is all but an embedding table

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
+use crate::decode::PrecisionName;
 use anyhow::ensure;
 use burn::tensor::Device;
 use clap::Args;
@@ -37,12 +38,15 @@ pub(crate) struct Train {
     /// Where to compute.
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// What matrix products are computed in.
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: PrecisionName,
 }
 
 type Pair = (Vec<u32>, Vec<u32>, Vec<u32>);
 
 pub(crate) fn serve(case: &Train) -> anyhow::Result<()> {
-    let model = crate::decode::read_model(&case.model, &case.device)?;
+    let model = crate::decode::read_model(&case.model, &case.device, case.precision)?;
     let device = model.device();
     let pairs: Vec<Pair> = crate::read_json(&case.pairs)?;
     ensure!(

@@ -218,6 +218,9 @@ impl Transformer {
     /// Such a model is not for training or writing: what was rounded stays so.
     #[must_use]
     pub fn with_matrices_rounded(mut self) -> Self {
+        if self.precision == Precision::F32 {
+            return self;
+        }
         let dtype = self.precision.dtype();
         let rounded = |matrix: &Param<Tensor<2>>| Param::from_tensor(matrix.val().cast(dtype));
         for projection in self.blocks.iter_mut().flat_map(Block::projections_mut) {
@@ -712,7 +715,8 @@ impl Block {
                 let [rows, columns] = x.dims();
                 let heads = x.reshape([rows, columns / config.head_dim, config.head_dim]);
                 let dtype = heads.dtype();
-                let normal = ops::rms_norm(heads.cast(FloatDType::F32), norm.val(), config.norm_eps);
+                let normal =
+                    ops::rms_norm(heads.cast(FloatDType::F32), norm.val(), config.norm_eps);
                 normal.cast(dtype).reshape([rows, columns])
             }
             _ => x,

@@ -65,7 +65,10 @@ impl ModuleVisitor for Collect<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let gradient = param.val().grad(self.0).unwrap();
         // As exact as the weights that it moves.
-        assert_eq!((gradient.dtype(), param.val().dtype()), (DType::F32, DType::F32));
+        assert_eq!(
+            (gradient.dtype(), param.val().dtype()),
+            (DType::F32, DType::F32)
+        );
         self.1.push(gradient.try_into_vec_as().unwrap());
     }
 }
@@ -86,7 +89,10 @@ fn gradients_through_bf16_are_in_f32_and_point_the_same_way() {
     assert_eq!(exact.len(), rounded.len());
     for (exact, rounded) in exact.iter().zip(&rounded) {
         let dot = |a: &[f32], b: &[f32]| -> f64 {
-            a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+            a.iter()
+                .zip(b)
+                .map(|(&a, &b)| f64::from(a) * f64::from(b))
+                .sum()
         };
         let cosine = dot(exact, rounded) / (dot(exact, exact) * dot(rounded, rounded)).sqrt();
         assert!(cosine > COSINE, "{cosine}");
@@ -106,7 +112,8 @@ fn matrices_kept_in_bf16_decode_to_the_same_logits() {
                 read.push(decoder.step(&tokens, &mut cache));
             }
             let read = read.into_iter();
-            read.map(|logits| logits.try_into_vec_as().unwrap()).collect()
+            read.map(|logits| logits.try_into_vec_as().unwrap())
+                .collect()
         };
         assert_eq!(decode(&model), decode(&kept));
     }

@@ -108,7 +108,7 @@
     const article = make("article", "row"), head = make("header"), m = margin(row);
     article.row = row; article.index = index; article.margin = m;
     head.append(make("h2", "", row.n), make("span", "margin" + (paired && m <= 0 ? " wrong" : ""),
-      (paired ? "margin " : "reward ") + signed(m) + (paired && m <= 0 ? " \u25bc rejected ahead" : "")));
+      (paired ? "margin " : "reward ") + signed(m) + (paired && m < 0 ? " \u25bc rejected ahead" : paired && m === 0 ? " tied" : "")));
     article.append(head);
     return article;
   });

@@ -179,11 +179,15 @@ enum EmptyWay {
     Keep,
 }
 
+/// What is logged unless `RUST_LOG` says otherwise. On drivers that keep no time, CubeCL warns for
+/// each shape of each kernel that it chose one without measuring.
+const LOGGED: &str = "warn,cubecl_runtime=error";
+
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env()
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(LOGGED)),
         )
         .with_writer(std::io::stderr)
         .init();

@@ -90,13 +90,16 @@ pub fn prepare(recipe: &Recipe, device: &Device) -> Result<Prepared, TrainError>
     if !recipe.precision.is_supported(device) {
         return Err(TrainError::Recipe {
             file: recipe.name.clone(),
-            reason: "key `precision`: expected `f32`, got `bf16`, which this device does not compute \
+            reason:
+                "key `precision`: expected `f32`, got `bf16`, which this device does not compute \
                      in"
                 .into(),
         });
     }
     // Names of parameters and layers are checked here, before anything is written.
-    prepared.model = recipe.trainable(prepared.model)?.with_precision(recipe.precision);
+    prepared.model = recipe
+        .trainable(prepared.model)?
+        .with_precision(recipe.precision);
     if let Some(lora) = &recipe.lora {
         LoraConfig::from(lora).n_parameters(prepared.model.config())?;
     }

@@ -315,13 +315,7 @@ trait Weights {
     /// group, which are `V` registers in all.
     ///
     /// Without closures: one that is not inlined would be compiled for the plainest processor.
-    fn load<
-        S: Simd,
-        const V: usize,
-        const INPUT: usize,
-        const FIRST: usize,
-        const N: usize,
-    >(
+    fn load<S: Simd, const V: usize, const INPUT: usize, const FIRST: usize, const N: usize>(
         simd: S,
         words: &[Self::Word],
     ) -> [S::f32s; N];
@@ -334,13 +328,7 @@ impl Weights for Full {
     const PER_GROUP: usize = GROUP * PANEL;
 
     #[inline(always)]
-    fn load<
-        S: Simd,
-        const V: usize,
-        const INPUT: usize,
-        const FIRST: usize,
-        const N: usize,
-    >(
+    fn load<S: Simd, const V: usize, const INPUT: usize, const FIRST: usize, const N: usize>(
         simd: S,
         words: &[f32],
     ) -> [S::f32s; N] {
@@ -358,13 +346,7 @@ impl Weights for Bf16 {
     const PER_GROUP: usize = GROUP * PANEL / 2;
 
     #[inline(always)]
-    fn load<
-        S: Simd,
-        const V: usize,
-        const INPUT: usize,
-        const FIRST: usize,
-        const N: usize,
-    >(
+    fn load<S: Simd, const V: usize, const INPUT: usize, const FIRST: usize, const N: usize>(
         simd: S,
         words: &[u32],
     ) -> [S::f32s; N] {
@@ -385,13 +367,7 @@ impl Weights for Bytes3 {
     const PER_GROUP: usize = GROUP * PANEL / 4 * 3;
 
     #[inline(always)]
-    fn load<
-        S: Simd,
-        const V: usize,
-        const INPUT: usize,
-        const FIRST: usize,
-        const N: usize,
-    >(
+    fn load<S: Simd, const V: usize, const INPUT: usize, const FIRST: usize, const N: usize>(
         simd: S,
         words: &[u32],
     ) -> [S::f32s; N] {

@@ -85,7 +85,7 @@ fn a_device_without_memory_ends_the_run_by_name_and_leaves_the_checkpoint_whole(
     let recipe = format!(
         r#"
 name = "long"
-seed = 2
+seed = 3
 
 [model]
 path = "{}"
@@ -112,25 +112,20 @@ every = 1
         "preference step 2, batches of 4 pairs",
         "no memory",
         "`preference.batch_size`",
-        "rows of the data, from 0: 4, 5, 6, 7",
     ] {
-        let sorted = said.contains(part) || part.starts_with("rows");
-        assert!(sorted, "`{part}` is not in: {said}");
+        assert!(said.contains(part), "`{part}` is not in: {said}");
     }
-    let checkpoints = out.join("checkpoints");
-    assert_eq!(names(&checkpoints), ["preference-1"]);
-    verify_files(&checkpoints.join("preference-1")).unwrap();
-    // The run goes on from it, and where nothing was freed it ends in the same place.
-    let resumed = r2q()
-        .args(["train", "--resume", "--device", "wgpu", "--recipe"])
-        .arg(&recipe)
-        .arg("--out")
-        .arg(&out)
-        .output()
+    let (_, rows) = said
+        .trim_end()
+        .split_once("rows of the data, from 0: ")
         .unwrap();
-    let resumed = super::common::stderr(&resumed);
-    assert!(resumed.contains("resuming from"), "{resumed}");
-    assert!(resumed.contains("preference step 2"), "{resumed}");
+    let rows = rows.lines().next().unwrap().split(", ");
+    let mut rows: Vec<usize> = rows.map(|row| row.parse().unwrap()).collect();
+    rows.sort_unstable();
+    assert_eq!(rows, [4, 5, 6, 7], "{said}");
+    let checkpoints = out.join("checkpoints");
+    assert_eq!(names(&checkpoints), ["preference-000001"]);
+    verify_files(&checkpoints.join("preference-000001")).unwrap();
 }
 
 #[cfg(feature = "wgpu")]
@@ -138,6 +133,8 @@ every = 1
 fn a_machine_without_a_driver_is_told_what_to_install() {
     let mut command = r2q();
     command.env("VK_DRIVER_FILES", "/no/such/driver.json");
+    // Nor one for OpenGL, which wgpu would take instead.
+    command.env("__EGL_VENDOR_LIBRARY_FILENAMES", "/no/such/vendor.json");
     command.args(["devices", "--device", "wgpu"]);
     if cfg!(target_os = "linux") {
         let said = fail(&mut command);
