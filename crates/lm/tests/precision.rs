@@ -1,5 +1,7 @@
 //! Computing in bf16: close to f32, exact where it must be, and the same however weights are kept.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests unwrap as tests do")]
+
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::{DType, Device, Gradients, Tensor};
 use lm::{CompletionBatch, Decoder, LlamaShape, ModelConfig, Precision, Transformer};

@@ -179,7 +179,7 @@ enum EmptyWay {
     Keep,
 }
 
-/// What is logged unless `RUST_LOG` says otherwise. On drivers that keep no time, CubeCL warns for
+/// What is logged unless `RUST_LOG` says otherwise. On drivers that keep no time, `CubeCL` warns for
 /// each shape of each kernel that it chose one without measuring.
 const LOGGED: &str = "warn,cubecl_runtime=error";
 
