@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-use burn::tensor::{Bool, Device, FloatDType, Tensor, TensorData};
+use burn::tensor::{Bool, DType, Device, FloatDType, Tensor, TensorData};
 
 #[cfg(feature = "flex")]
 use crate::fused;
@@ -300,8 +300,12 @@ pub fn attend(
         .reshape([batch, key_heads, heads / key_heads * seq, width])
         .mul_scalar(1.0 / (width as f64).sqrt());
     let dtype = value.dtype();
-    // Sums of exponentials are in f32 whatever the products are in.
-    let scores = query.matmul(key.swap_dims(2, 3)).cast(FloatDType::F32);
+    // Sums of exponentials are in f32 where the products are in less.
+    let scores = query.matmul(key.swap_dims(2, 3));
+    let scores = match scores.dtype() {
+        DType::BF16 | DType::F16 => scores.cast(FloatDType::F32),
+        _ => scores,
+    };
     // A padded query, which may look nowhere, weighs nothing and yields no NaN.
     let weights = match hidden {
         Some(hidden) => masked_softmax(scores, hidden),
