@@ -6,7 +6,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::error::ReadoutError;
-use crate::row::RowPair;
+use crate::row::{RowPair, largest};
 
 /// Rows that a thread takes at a time.
 const ROWS: usize = 16;
@@ -252,7 +252,7 @@ impl WithSimd for Top<'_> {
         }
         // The n-th largest of the blocks' largest numbers is no more than the n-th largest of all: few
         // blocks hold anything that is not below it.
-        let highest: Vec<f32> = row.chunks(BLOCK).map(largest_of).collect();
+        let highest: Vec<f32> = row.chunks(BLOCK).map(largest::<8>).collect();
         let least = if n < highest.len() {
             let mut sorted = highest.clone();
             *sorted
@@ -277,21 +277,6 @@ impl WithSimd for Top<'_> {
         }
         kept.into_iter().map(|(_, id)| id).collect()
     }
-}
-
-/// The largest of some numbers.
-#[inline(always)]
-fn largest_of(values: &[f32]) -> f32 {
-    const LANES: usize = 8;
-    let (lanes, rest) = values.as_chunks::<LANES>();
-    let mut most = [f32::NEG_INFINITY; LANES];
-    for chunk in lanes {
-        for (most, &x) in most.iter_mut().zip(chunk) {
-            *most = if x > *most { x } else { *most };
-        }
-    }
-    let larger = |most: f32, &x: &f32| if x > most { x } else { most };
-    most.iter().chain(rest).fold(f32::NEG_INFINITY, larger)
 }
 
 #[cfg(test)]

@@ -31,7 +31,8 @@ impl RowPair {
 
     #[inline(always)]
     fn of<S: Simd>(simd: S, policy: &[f32], reference: &[f32]) -> Option<Self> {
-        let (p_largest, q_largest) = (largest(policy), largest(reference));
+        // In several registers: none waits for its last comparison.
+        let (p_largest, q_largest) = (largest::<32>(policy), largest::<32>(reference));
         let (p_lanes, p_rest) = S::as_simd_f32s(policy);
         let (q_lanes, q_rest) = S::as_simd_f32s(reference);
         let (p_high, q_high) = (simd.splat_f32s(p_largest), simd.splat_f32s(q_largest));
@@ -105,11 +106,9 @@ impl WithSimd for Read<'_> {
     }
 }
 
-/// The largest number of a row; NaN never is.
+/// The largest of some numbers, compared in lanes; NaN never is.
 #[inline(always)]
-fn largest(row: &[f32]) -> f32 {
-    // Several registers: none waits for its last comparison.
-    const LANES: usize = 32;
+pub(crate) fn largest<const LANES: usize>(row: &[f32]) -> f32 {
     let (lanes, rest) = row.as_chunks::<LANES>();
     let mut most = [f32::NEG_INFINITY; LANES];
     for chunk in lanes {

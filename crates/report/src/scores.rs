@@ -218,8 +218,6 @@ const CONTROLS: &str = "<label>Sort <select id=\"sort\"><option value=\"file\">a
 <label><input id=\"marks\" type=\"checkbox\" checked> line above what differs</label> \
 <span id=\"count\" role=\"status\"></span>";
 
-/// A completion as arrays, one entry a token: texts, ids, logps of both models, entropies,
-/// divergences, alternatives, and whether the token differs from the other completion.
 /// A row as the script reads it.
 #[derive(Serialize)]
 struct Encoded<'a> {
