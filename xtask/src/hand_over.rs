@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 ///
 /// The program keeps the current directory, so that relative paths mean what the user typed.
 pub(crate) fn hand_over(args: &[OsString]) -> anyhow::Result<ExitCode> {
-    let feature = feature(&device(args))?;
+    let features = features(&device(args))?;
     let profile = Profile::of_the_environment()?;
     let program = program(&profile)?;
     if !program.exists() {
@@ -20,13 +20,13 @@ pub(crate) fn hand_over(args: &[OsString]) -> anyhow::Result<ExitCode> {
     let built = Command::new(cargo)
         .args(["build", profile.flag])
         .args(["--package", "trainer", "--bin", "r2q"])
-        .args(["--features", feature])
+        .args(["--features", &features])
         .arg("--manifest-path")
         .arg(crate::root().join("Cargo.toml"))
         .status()
         .context("starting cargo")?;
     if !built.success() {
-        bail!("r2q did not build with the feature `{feature}`");
+        bail!("r2q did not build with the features `{features}`");
     }
     become_program(&program, args)
 }
@@ -46,16 +46,24 @@ fn device(args: &[OsString]) -> String {
     "cpu".into()
 }
 
-/// The feature of the `trainer` package that a device needs beside its default.
-fn feature(device: &str) -> anyhow::Result<&'static str> {
-    match device {
-        "cpu" => Ok("flex"),
-        "wgpu" => Ok("wgpu"),
-        "cuda" => Ok("cuda"),
-        numbered if numbered.starts_with("cuda:") => Ok("cuda"),
-        // Refused before a build of minutes, not after it.
-        _ => bail!("device `{device}`: expected `cpu`, `wgpu`, `cuda` or `cuda:N`"),
+/// The features of the `trainer` package that a device, or each of a list of them, needs beside its
+/// default.
+fn features(devices: &str) -> anyhow::Result<String> {
+    let mut features = Vec::new();
+    for device in devices.split(',') {
+        let feature = match device {
+            "cpu" => "flex",
+            "wgpu" => "wgpu",
+            "cuda" => "cuda",
+            numbered if numbered.starts_with("cuda:") => "cuda",
+            // Refused before a build of minutes, not after it.
+            _ => bail!("device `{device}`: expected `cpu`, `wgpu`, `cuda` or `cuda:N`"),
+        };
+        if !features.contains(&feature) {
+            features.push(feature);
+        }
     }
+    Ok(features.join(","))
 }
 
 /// How the program is built: optimised for runs, or as tests are, which CI has built already.
@@ -135,9 +143,10 @@ mod tests {
 
     #[test]
     fn each_device_has_its_feature_and_others_are_refused_by_name() {
-        let features = ["cpu", "wgpu", "cuda", "cuda:2"].map(|name| feature(name).unwrap());
-        assert_eq!(features, ["flex", "wgpu", "cuda", "cuda"]);
-        let error = feature("gpu").unwrap_err().to_string();
+        let named = ["cpu", "wgpu", "cuda", "cuda:2", "cuda:0,cuda:1,cpu"];
+        let features = named.map(|names| features(names).unwrap());
+        assert_eq!(features, ["flex", "wgpu", "cuda", "cuda", "cuda,flex"]);
+        let error = super::features("cpu,gpu").unwrap_err().to_string();
         assert!(error.contains("`gpu`"), "{error}");
     }
 }

@@ -171,8 +171,7 @@ pub(crate) fn read_model(
 }
 
 /// Weights that a token cannot be computed without reading, which is all but an embedding table
-/// that is only looked up, and their bytes: two for those of a matrix that bf16 holds, three where
-/// 24 bits do, as decoding keeps them, and four for others.
+/// that is only looked up, and the bytes that they are read as.
 fn facts(model: &Transformer) -> Value {
     let table = |name: &str| {
         ["embed_tokens", "embed_in"]
@@ -180,19 +179,16 @@ fn facts(model: &Transformer) -> Value {
             .any(|part| name.contains(part))
     };
     let looked_up = |name: &str| !model.config().tied && table(name);
-    let (mut weights, mut bytes) = (0, 0);
-    for (_, tensor) in model.to_host().iter().filter(|(name, _)| !looked_up(name)) {
-        let bits = tensor.values.iter().fold(0, |all, w| all | w.to_bits());
-        let size = match bits {
-            _ if tensor.shape.len() != 2 => 4,
-            bits if bits & 0xffff == 0 => 2,
-            bits if bits & 0xff == 0 => 3,
-            _ => 4,
-        };
-        weights += tensor.values.len();
-        bytes += tensor.values.len() * size;
-    }
-    json!({ "weights_per_token": weights, "bytes_per_token": bytes })
+    let tensors = model.to_host();
+    let read = tensors.iter().filter(|(name, _)| !looked_up(name));
+    let weights: usize = read.map(|(_, tensor)| tensor.values.len()).sum();
+    let bytes = Decoder::new(model).weight_bytes();
+    let each = if model.precision() == Precision::Bf16 {
+        2
+    } else {
+        4
+    };
+    json!({ "weights_per_token": weights, "bytes_per_token": bytes.unwrap_or(each * weights) })
 }
 
 fn tokens(output: &SearchOutput) -> Vec<u32> {

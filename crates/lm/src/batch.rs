@@ -224,6 +224,11 @@ impl CompletionBatch {
         &self.counts
     }
 
+    /// Where it is.
+    pub fn device(&self) -> Device {
+        self.places.device()
+    }
+
     /// Tokens of prompts and completions together, padding left out; a shared prompt counts for
     /// each of its completions, as it would in rows of their own.
     pub fn n_tokens(&self) -> usize {

@@ -28,6 +28,17 @@ pub fn device(name: &str) -> Result<Device, TrainError> {
     })
 }
 
+/// The devices of a list of names, `cuda:0,cuda:1`, which share the batches of a training run.
+///
+/// A device may be named more than once; the first holds the model and its optimizer.
+///
+/// # Errors
+///
+/// As [`device`] does.
+pub fn device_list(names: &str) -> Result<Vec<Device>, TrainError> {
+    names.split(',').map(device).collect()
+}
+
 /// A device, and whether this program can use it on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceState {
@@ -88,6 +99,9 @@ impl Name {
                 Ok(index) => Ok(Self::Cuda(index)),
                 Err(_) => Err("expected `cuda` or `cuda:N` with a number N".into()),
             },
+            _ if name.contains(',') => {
+                Err("expected one device: several train together, and nothing else".into())
+            }
             _ => Err("expected `cpu`, `wgpu`, `cuda` or `cuda:N`".into()),
         }
     }
@@ -313,9 +327,21 @@ mod tests {
 
     #[test]
     fn unknown_devices_are_refused_by_name() {
-        for name in ["gpu", "cuda:x", "cuda:", "cudax", "cpu:0", ""] {
+        for name in ["gpu", "cuda:x", "cuda:", "cudax", "cpu:0", "", "cpu,cpu"] {
             let error = device(name).unwrap_err().to_string();
             assert!(error.contains(&format!("`{name}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_list_is_as_good_as_each_of_its_devices() {
+        if let Ok(device) = device("cpu") {
+            assert_eq!(device_list("cpu").unwrap(), [device.clone()]);
+            assert_eq!(device_list("cpu,cpu").unwrap(), [device.clone(), device]);
+        }
+        for (names, bad) in [("cpu,gpu", "gpu"), ("cpu,", ""), (",cpu", "")] {
+            let error = device_list(names).unwrap_err().to_string();
+            assert!(error.contains(&format!("`{bad}`")), "{error}");
         }
     }
 

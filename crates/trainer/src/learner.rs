@@ -1,5 +1,7 @@
 //! One training step: micro-batches, backward, clip, update.
 
+use std::panic::resume_unwind;
+
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 use dpo_loss::{
@@ -24,6 +26,8 @@ pub struct Learner {
     pub reference: Option<Transformer>,
     /// Threads that take micro-batches side by side.
     workers: Workers,
+    /// Devices that take micro-batches side by side, if they are several; the model is on the first.
+    devices: Vec<Device>,
 }
 
 /// The loss of a micro-batch, and what is logged of it.
@@ -76,7 +80,20 @@ impl Learner {
             optimizer,
             reference: None,
             workers: Workers::new(1),
+            devices: Vec::new(),
         }
+    }
+
+    /// Divides the micro-batches of a step among these devices, on the first of which the model is.
+    ///
+    /// Each has a copy of the policy, made anew at every step, and a thread that computes its
+    /// gradients; they are summed on the first device, where the update is made. This is Burn's own
+    /// strategy of several devices with the optimizer on the main one, with the sums in the order of
+    /// the micro-batches: devices that compute alike do together what one of them does alone.
+    #[must_use]
+    pub fn with_devices(mut self, devices: &[Device]) -> Self {
+        self.devices = devices.to_vec();
+        self
     }
 
     /// Takes the micro-batches of a step side by side on these threads.
@@ -100,8 +117,9 @@ impl Learner {
 
     /// Averages the gradients of `n` micro-batches, each made by `micro`, and updates once.
     ///
-    /// The result does not depend on the number of workers: each micro-batch is computed alike,
-    /// and sums are taken in the order of the micro-batches.
+    /// `micro` computes where the model that it is given is. The result does not depend on the number
+    /// of workers or of equal devices: each micro-batch is computed alike, and sums are taken in the
+    /// order of the micro-batches.
     ///
     /// # Panics
     ///
@@ -114,23 +132,11 @@ impl Learner {
     ) -> StepOutcome {
         assert!(n > 0, "a step has micro-batches");
         let share = 1.0 / n as f64;
-        let model = &self.model;
-        let alone = n == 1 || self.workers.count() == 1;
-        let results = self.workers.map(n, |index| {
-            if alone {
-                backward(model, micro(model, index))
-            } else {
-                // A graph of its own for each thread: leaves that two graphs share would tie
-                // their backward passes to one lock.
-                let model = model.valid().train();
-                backward(&model, micro(&model, index))
-            }
-        });
         let mut gradients = FlatGradients::default();
         let mut metrics: Vec<(&'static str, f64, u32)> = Vec::new();
         let mut micro_losses = Vec::with_capacity(n);
         let mut n_tokens = 0;
-        for result in results {
+        self.each_backward(n, micro, |result| {
             n_tokens += result.n_tokens;
             gradients.add(result.gradients, share);
             micro_losses.push(f64::from(result.values[0]));
@@ -144,7 +150,7 @@ impl Learner {
                     *n += 1;
                 }
             }
-        }
+        });
         let metrics = metrics
             .into_iter()
             .map(|(name, sum, n)| (name, sum / f64::from(n)))
@@ -165,6 +171,65 @@ impl Learner {
             micro_losses,
             n_tokens,
             updated,
+        }
+    }
+}
+
+impl Learner {
+    /// Hands the backward passes of `n` micro-batches to `take`, in order, with gradients where the
+    /// model is.
+    fn each_backward(
+        &self,
+        n: usize,
+        micro: impl Fn(&Transformer, usize) -> MicroBatch + Sync,
+        mut take: impl FnMut(Backward),
+    ) {
+        if n > 1 && self.devices.len() > 1 {
+            return self.on_devices(n, micro, take);
+        }
+        let model = &self.model;
+        if n == 1 || self.workers.count() == 1 {
+            return (0..n).for_each(|index| take(backward(model, micro(model, index))));
+        }
+        let results = self.workers.map(n, |index| {
+            // A graph of its own for each thread: leaves that two graphs share would tie their
+            // backward passes to one lock.
+            let model = model.valid().train();
+            backward(&model, micro(&model, index))
+        });
+        results.into_iter().for_each(take);
+    }
+
+    /// [`Learner::each_backward`] where each device takes one micro-batch at a time.
+    fn on_devices(
+        &self,
+        n: usize,
+        micro: impl Fn(&Transformer, usize) -> MicroBatch + Sync,
+        mut take: impl FnMut(Backward),
+    ) {
+        let (policy, micro) = (self.snapshot(), &micro);
+        let main = &policy.device();
+        let devices = self.devices.iter().take(n);
+        let replicas: Vec<Transformer> = devices
+            .map(|device| policy.clone().to_device(device).train())
+            .collect();
+        for first in (0..n).step_by(replicas.len()) {
+            let results: Vec<Backward> = std::thread::scope(|scope| {
+                let one = |(model, index)| {
+                    scope.spawn(move || {
+                        let mut result = backward(model, micro(model, index));
+                        result.gradients = result.gradients.to_device(main);
+                        result
+                    })
+                };
+                let threads: Vec<_> = replicas.iter().zip(first..n).map(one).collect();
+                let joined = threads.into_iter().map(|thread| {
+                    // What a device said of its memory is for the run to tell.
+                    thread.join().unwrap_or_else(|said| resume_unwind(said))
+                });
+                joined.collect()
+            });
+            results.into_iter().for_each(&mut take);
         }
     }
 }

@@ -12,7 +12,7 @@
 //! | held-out judgement | [`evaluate`] |
 //! | rewards of every token of a file | [`score`] |
 //! | experiments on the paper's claims | [`reproduce`] |
-//! | a device by name, and which there are | [`device`](fn@device), [`devices`] |
+//! | a device by name, and which there are | [`device`](fn@device), [`device_list`], [`devices`] |
 //!
 //! ```
 //! let recipe = trainer::Recipe::parse(
@@ -49,7 +49,7 @@ mod unpaired;
 mod workers;
 
 pub use cache::ReferenceCache;
-pub use device::{DeviceState, device, devices};
+pub use device::{DeviceState, device, device_list, devices};
 pub use error::TrainError;
 pub use failure::{Shortage, within_memory};
 pub use learner::{

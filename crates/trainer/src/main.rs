@@ -114,7 +114,8 @@ struct TrainArgs {
     /// Compute the reference's logps anew, and keep none for later runs.
     #[arg(long)]
     no_cache: bool,
-    /// Where to compute: cpu, wgpu, cuda or cuda:N.
+    /// Where to compute: cpu, wgpu, cuda or cuda:N; several, such as cuda:0,cuda:1, share the batches
+    /// of a training step.
     #[arg(long, default_value = "cpu")]
     device: String,
 }

@@ -47,6 +47,17 @@ impl FlatGradients {
         }
     }
 
+    /// The same on another device.
+    #[must_use]
+    pub fn to_device(self, device: &Device) -> Self {
+        let moved = self.by_path.into_iter();
+        Self {
+            by_path: moved
+                .map(|(path, gradient)| (path, gradient.to_device(device)))
+                .collect(),
+        }
+    }
+
     /// The Euclidean norm over all parameters together.
     ///
     /// # Panics

@@ -64,7 +64,9 @@ pub struct Finished {
 /// Anything wrong with the recipe, model, data or disk; what was whole before stays whole.
 pub fn train(recipe: &Recipe, options: &RunOptions) -> Result<Finished, TrainError> {
     let began = Instant::now();
-    let device = crate::device::device(&options.device)?;
+    let devices = crate::device::device_list(&options.device)?;
+    check_devices(recipe, devices.len())?;
+    let device = devices[0].clone();
     let folder = choose_folder(recipe, options)?;
     let resolved = recipe.to_toml()?;
     check_folder(&folder, &resolved, options.resume)?;
@@ -80,12 +82,32 @@ pub fn train(recipe: &Recipe, options: &RunOptions) -> Result<Finished, TrainErr
         folder,
         workers: Workers::on(&device, recipe.workers),
         device,
+        devices,
         prepared,
         session: began,
         cache: options.cache.clone(),
         device_name: options.device.clone(),
     };
     run.finish(options, &resolved)
+}
+
+/// Every device has a batch in every step.
+fn check_devices(recipe: &Recipe, devices: usize) -> Result<(), TrainError> {
+    let sft = recipe.sft.as_ref().map(|sft| ("sft", sft.accumulation));
+    let preference = ("preference", recipe.preference.accumulation);
+    for (stage, accumulation) in sft.into_iter().chain([preference]) {
+        if accumulation < devices {
+            return Err(TrainError::Recipe {
+                file: recipe.name.clone(),
+                reason: format!(
+                    "key `{stage}.accumulation`: {devices} devices share the batches of a step and \
+                     need {devices} of them or more, got {accumulation}; with \
+                     `{stage}.batch_size` divided by as much as this is raised, a step stays the same"
+                ),
+            });
+        }
+    }
+    Ok(())
 }
 
 struct Run<'a> {
@@ -95,7 +117,10 @@ struct Run<'a> {
     /// Held as long as the run is at work in its folder.
     _lock: File,
     folder: PathBuf,
+    /// Where all but training computes.
     device: Device,
+    /// Where training does: that device, and those beside it.
+    devices: Vec<Device>,
     prepared: Prepared,
     session: Instant,
     workers: Workers,
@@ -443,7 +468,7 @@ impl Run<'_> {
         )?;
         let mut log = self.log(|at, step| at == stage.name && step <= done.step)?;
         let checkpoints = self.path(names::CHECKPOINTS);
-        let (examples, device) = (&self.prepared.sft, &self.device);
+        let examples = &self.prepared.sft;
         let calls = Calls {
             micro: |model: &Transformer, _: Option<&Transformer>, batch: &[usize]| {
                 let rows: Vec<(&[u32], &[u32])> = batch
@@ -455,7 +480,7 @@ impl Run<'_> {
                     .collect();
                 sft_micro_batch(
                     model,
-                    &CompletionBatch::new(&rows, device),
+                    &CompletionBatch::new(&rows, &model.device().without_autodiff()),
                     self.activations(),
                 )
             },
@@ -518,12 +543,11 @@ impl Run<'_> {
         let mut log =
             self.log(|at, step| at != stage.name || (step <= done.step && done.step > 0))?;
         let checkpoints = self.path(names::CHECKPOINTS);
-        let device = &self.device;
         let compared = |against: &Against,
                         batch: &CompletionBatch,
                         pairs: &[usize],
                         moved: Option<&Transformer>| {
-            against.compared(pairs, batch, moved.unwrap_or(start), device)
+            against.compared(pairs, batch, moved.unwrap_or(start))
         };
         let mut warned = false;
         let labels = |side: usize| match &self.prepared.desirable {
@@ -654,7 +678,8 @@ impl Run<'_> {
         model: &Transformer,
     ) -> CompletionBatch {
         let pairs = pairs.iter().map(|&index| &of[index]);
-        pair_batch(pairs, model.config().hidden_size, &self.device)
+        let device = model.device().without_autodiff();
+        pair_batch(pairs, model.config().hidden_size, &device)
     }
 
     /// What the pairs of a split are compared with.
@@ -786,9 +811,10 @@ impl Run<'_> {
             // A fresh model is a function of these.
             (None, None) => format!("fresh {} {:?}", self.recipe.seed, self.recipe.model),
         };
+        let device = self.device_name.split(',').next().unwrap_or_default();
         let device = match self.recipe.precision {
-            Precision::F32 => self.device_name.clone(),
-            Precision::Bf16 => format!("{} bf16", self.device_name),
+            Precision::F32 => device.to_string(),
+            Precision::Bf16 => format!("{device} bf16"),
         };
         Ok(ReferenceCache::key(&model, pairs, size, &device))
     }
@@ -811,7 +837,9 @@ impl Run<'_> {
             eprintln!("warning: {line}; passed over");
         }
         let Some((path, position)) = newest.whole else {
-            let learner = Learner::new(model, optimizer).with_workers(self.workers.clone());
+            let learner = Learner::new(model, optimizer)
+                .with_workers(self.workers.clone())
+                .with_devices(&self.devices);
             return Ok((learner, Done::default()));
         };
         eprintln!("resuming from {}", path.display());
@@ -821,7 +849,8 @@ impl Run<'_> {
             None => self.recipe.trainable(model)?,
         };
         let learner = checkpoint::load(&path, &position, model, optimizer)?
-            .with_workers(self.workers.clone());
+            .with_workers(self.workers.clone())
+            .with_devices(&self.devices);
         let done = Done {
             step: position.step,
             n_tokens: position.n_tokens,
@@ -902,11 +931,11 @@ impl Against {
         pairs: &[usize],
         batch: &CompletionBatch,
         reference: &Transformer,
-        device: &Device,
     ) -> Compared {
+        let device = &batch.device();
         let reference = match &self.logps {
             Some(logps) => Reference::Logps(logps.of(pairs, batch, device).into()),
-            None => Reference::Model(Box::new(reference.clone())),
+            None => Reference::Model(Box::new(reference.clone().to_device(device))),
         };
         let token_weights = self.contrast.as_ref().map(|(positive, negative, recipe)| {
             let positive = positive.of(pairs, batch, device);

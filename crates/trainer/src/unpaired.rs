@@ -80,7 +80,7 @@ impl<'a> Labelled<'a> {
         (objective, beta): (&UnpairedObjective, Beta),
         activations: Activations,
     ) -> MicroBatch {
-        let device = model.valid().device();
+        let device = model.device().without_autodiff();
         let batch = self.batch(indices, false, &device);
         let kl = self.kl(&model.valid(), indices, objective, &device);
         let (hidden, checkpointed) = states(model, &batch, activations);

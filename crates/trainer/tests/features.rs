@@ -6,7 +6,9 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use common::{TINY, fail, metrics, model_folder, names, succeed, summary, testdata, train, write};
+use common::{
+    TINY, fail, metrics, model_folder, names, r2q, succeed, summary, testdata, train, write,
+};
 use dpo_loss::Objective;
 use lm::weights::WeightFiles;
 use serde_json::Value;
@@ -294,6 +296,28 @@ fn several_files_are_mixed_by_weight_and_named_in_errors() {
         said.contains("few.jsonl ") || said.contains("rest.jsonl "),
         "{said}"
     );
+}
+
+#[test]
+fn devices_that_train_together_give_what_one_gives_and_need_a_batch_each() {
+    let two_batches = ("batch_size = 4", "batch_size = 2\naccumulation = 2");
+    let run = |devices: &str| {
+        let (_folder, recipe, out) = place(&[two_batches]);
+        succeed(train(&recipe, &out).args(["--device", devices]));
+        weights(&out)
+    };
+    assert_eq!(run("cpu,cpu"), run("cpu"));
+    let (_folder, recipe, out) = place(&[two_batches]);
+    let said = fail(train(&recipe, &out).args(["--device", "cpu,cpu,cpu"]));
+    assert!(
+        said.contains("sft.accumulation") && said.contains("got 2"),
+        "{said}"
+    );
+    assert!(!out.exists());
+    let mut sample = r2q();
+    sample.args(["sample", "--memo-prompts", "1", "--device", "cpu,cpu"]);
+    let said = fail(sample.arg("--policy").arg(testdata("lm/llama_tied")));
+    assert!(said.contains("expected one device"), "{said}");
 }
 
 #[test]

@@ -53,6 +53,16 @@ fn pairs() -> Vec<PreferencePair> {
 
 /// Weights after three updates on all pairs, in micro-batches of `size`.
 fn trained(objective: Objective, size: usize, workers: usize) -> BTreeMap<String, HostTensor> {
+    trained_by(objective, size, |learner| {
+        learner.with_workers(Workers::new(workers))
+    })
+}
+
+fn trained_by(
+    objective: Objective,
+    size: usize,
+    set: impl Fn(Learner) -> Learner,
+) -> BTreeMap<String, HostTensor> {
     let (pairs, device) = (pairs(), Device::default());
     let mut config = LossConfig::single(objective);
     if objective == Objective::ExoPair {
@@ -61,7 +71,7 @@ fn trained(objective: Objective, size: usize, workers: usize) -> BTreeMap<String
     let objectives = Objectives::new(config).unwrap();
     let reference = ReferenceLogps::compute(&model(2), &pairs, 8, &Workers::new(1), "test");
     let optimizer = AdamW::new(&OptimizerRecipe::default());
-    let mut learner = Learner::new(model(1), optimizer).with_workers(Workers::new(workers));
+    let mut learner = set(Learner::new(model(1), optimizer));
     for _ in 0..3 {
         let outcome = learner.step(pairs.len() / size, 1e-3, |model, micro| {
             let indices: Vec<usize> = (micro * size..(micro + 1) * size).collect();
@@ -117,6 +127,19 @@ fn accumulation_weighs_pairs_of_unlike_length_otherwise_for_means_over_tokens() 
     for objective in [Objective::Sft, Objective::Orpo] {
         let apart = apart(&trained(objective, 8, 1), &trained(objective, 1, 1));
         assert!(apart > 10.0 * ORDER_TOLERANCE, "{objective}: {apart}");
+    }
+}
+
+#[test]
+fn devices_do_together_what_one_that_accumulates_does_alone() {
+    let alone = trained(Objective::Sigmoid, 1, 1);
+    // As many as there are micro-batches, a number that does not divide it, and more.
+    for count in [2, 3, 8, 9] {
+        let devices = vec![Device::default(); count];
+        let together = trained_by(Objective::Sigmoid, 1, |learner| {
+            learner.with_devices(&devices)
+        });
+        assert_eq!(apart(&alone, &together), 0.0, "{count} devices");
     }
 }
 

@@ -116,6 +116,12 @@ impl<'a> Decoder<'a> {
         self.model
     }
 
+    /// Bytes of weights that a step reads, where the decoder has a copy laid out for it: all but tables
+    /// that are only looked up, each as few bits as hold it exactly.
+    pub fn weight_bytes(&self) -> Option<usize> {
+        self.host.as_ref().map(HostModel::bytes)
+    }
+
     /// Reads a batch of prompts into a fresh cache with room for `n_new` further tokens.
     ///
     /// Returns the cache and the logits of each row's next token, `[batch, vocab]`.

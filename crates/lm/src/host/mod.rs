@@ -119,6 +119,13 @@ impl HostModel {
         &self.config
     }
 
+    /// Bytes of the weights that a step reads, however many tokens it takes: all but tables that
+    /// are looked up.
+    pub(crate) fn bytes(&self) -> usize {
+        let blocks = self.blocks.iter().map(HostBlock::bytes);
+        blocks.sum::<usize>() + self.norm.bytes() + self.head.bytes()
+    }
+
     /// Runs `work` on `rows` rows by a thread of rayon's pool, if there is something to share.
     ///
     /// From outside, every shared product would hand itself to the pool and sleep until it is done,
@@ -283,6 +290,13 @@ impl HostBlock {
             down: HostLinear::new(config.intermediate_size, &[&block.down]),
         }
     }
+
+    fn bytes(&self) -> usize {
+        let products = [&self.qkv, &self.output, &self.up, &self.down];
+        let norms = [&self.attn_norm, &self.mlp_norm];
+        products.iter().map(|linear| linear.bytes()).sum::<usize>()
+            + norms.iter().map(|norm| norm.bytes()).sum::<usize>()
+    }
 }
 
 impl HostLinear {
@@ -303,6 +317,10 @@ impl HostLinear {
         }
     }
 
+    fn bytes(&self) -> usize {
+        self.weight.bytes() + self.bias.as_deref().map_or(0, size_of_val)
+    }
+
     fn apply(&self, x: &[f32], out: &mut Vec<f32>, work: &mut Workspace) {
         self.weight.multiply(x, out, work);
         if let Some(bias) = &self.bias {
@@ -320,6 +338,10 @@ impl HostNorm {
             bias: norm.bias.as_ref().map(|bias| read(bias.val())),
             eps: norm.eps as f32,
         }
+    }
+
+    fn bytes(&self) -> usize {
+        size_of_val(&self.weight[..]) + self.bias.as_deref().map_or(0, size_of_val)
     }
 
     /// Normalises the rows of `x`.

@@ -62,6 +62,12 @@ type Figures = BTreeMap<String, Vec<f32>>;
 
 /// Two steps of preference training from a model, with two micro-batches each.
 fn preference_steps(model: Transformer, device: &Device, activations: Activations) -> Figures {
+    steps_together(model, &[device.clone()], activations)
+}
+
+/// The same on several devices, of which the model is on the first.
+fn steps_together(model: Transformer, devices: &[Device], activations: Activations) -> Figures {
+    let device = &devices[0];
     let pairs = pairs();
     let objectives = LossConfig {
         loss: vec![Objective::Sigmoid, Objective::Sft],
@@ -76,13 +82,14 @@ fn preference_steps(model: Transformer, device: &Device, activations: Activation
     let rejected = reference.rejected.values().into();
     figures.insert("reference, rejected".into(), rejected);
     let before = model.to_host();
-    let mut learner = Learner::new(model, optimizer());
+    let mut learner = Learner::new(model, optimizer()).with_devices(devices);
     for step in 0..2 {
         let outcome = learner.step(2, LEARNING_RATE, |model, micro| {
             let indices = [2 * micro, 2 * micro + 1];
             let chosen = indices.iter().map(|&index| &pairs[index]);
-            let batch = pair_batch(chosen, hidden_size, device);
-            let tokens = reference.of(&indices, &batch, device);
+            let device = model.device().without_autodiff();
+            let batch = pair_batch(chosen, hidden_size, &device);
+            let tokens = reference.of(&indices, &batch, &device);
             let compared: Compared = Reference::Logps(tokens.into()).into();
             let beta = Beta::new(0.5).unwrap();
             preference_micro_batch(model, &batch, &compared, &objectives, beta, activations)
@@ -213,6 +220,22 @@ fn fine_tuning_steps_agree() {
     });
     assert_close(&cpu, &device, LOGP_TOLERANCE, "losses of three steps");
     assert!(cpu[2] < cpu[0], "three steps learn: {cpu:?}");
+}
+
+#[test]
+fn two_devices_train_together_as_one_alone() {
+    let [cpu, device] = devices();
+    let run = |devices: &[Device]| {
+        let model = Transformer::read(&testdata("lm/llama_tied"), &devices[0]).unwrap();
+        steps_together(model, devices, Activations::Keep)
+    };
+    let alone = [run(&[cpu.clone()]), run(&[device.clone(), device.clone()])];
+    assert_figures(&alone, "two copies on the device");
+    // Values go from one backend to the other and back.
+    let mixed = [alone[0].clone(), run(&[device.clone(), cpu.clone()])];
+    assert_figures(&mixed, "the device and the processor");
+    let mixed = [alone[0].clone(), run(&[cpu, device])];
+    assert_figures(&mixed, "the processor and the device");
 }
 
 /// Kernels are chosen by their time, once for a shape and a process: after that, nothing is left to
