@@ -614,6 +614,10 @@ impl<const PER_WORD: usize> Lattice<PER_WORD> {
 
     /// The point that is computed as exactly this weight, with fused multiplication and addition and
     /// without.
+    #[expect(
+        clippy::float_cmp,
+        reason = "a weight is kept to the bit or not at all"
+    )]
     fn point(weight: f32, low: f32, step: f32, origin: f32) -> Option<u32> {
         let point = if step == 0.0 {
             0
@@ -628,6 +632,7 @@ impl<const PER_WORD: usize> Lattice<PER_WORD> {
 }
 
 /// The least of some numbers, and the widest step by which all others follow from it.
+#[expect(clippy::float_cmp, reason = "a step that is rounded is none")]
 fn spacing(numbers: impl Iterator<Item = f32> + Clone) -> Option<(f32, f32)> {
     let low = numbers.clone().fold(f32::INFINITY, f32::min);
     // As integers, in units of the last bit that any of them has.
