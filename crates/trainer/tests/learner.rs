@@ -139,7 +139,7 @@ fn devices_do_together_what_one_that_accumulates_does_alone() {
         let together = trained_by(Objective::Sigmoid, 1, |learner| {
             learner.with_devices(&devices)
         });
-        assert_eq!(apart(&alone, &together), 0.0, "{count} devices");
+        assert!(apart(&alone, &together) <= 0.0, "{count} devices");
     }
 }
 
