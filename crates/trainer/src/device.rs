@@ -336,8 +336,8 @@ mod tests {
     #[test]
     fn a_list_is_as_good_as_each_of_its_devices() {
         if let Ok(device) = device("cpu") {
-            assert_eq!(device_list("cpu").unwrap(), [device.clone()]);
-            assert_eq!(device_list("cpu,cpu").unwrap(), [device.clone(), device]);
+            let both = device_list("cpu,cpu").unwrap();
+            assert!(both.len() == 2 && both.iter().all(|one| *one == device));
         }
         for (names, bad) in [("cpu,gpu", "gpu"), ("cpu,", ""), (",cpu", "")] {
             let error = device_list(names).unwrap_err().to_string();
