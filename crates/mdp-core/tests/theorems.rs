@@ -287,8 +287,11 @@ fn population_loss_is_flat_at_the_optimum_only(case: &Case) {
         .gradient
         .iter()
         .fold(0.0, |m: f64, g| m.max(g.abs()));
-    assert!(steepest > 1e-4, "steepest slope {steepest:e}");
-    assert!(elsewhere.loss > optimum.loss);
+    // A random policy may come as near to the optimum as it likes.
+    if distance(case.policy.logps(), case.optimum.logps()) > 0.05 {
+        assert!(steepest > IDENTITY, "steepest slope {steepest:e}");
+        assert!(elsewhere.loss > optimum.loss);
+    }
 }
 
 /// P14: the gradient of one pair by hand, and by finite differences.
