@@ -1,6 +1,6 @@
 //! From a command line to the `r2q` program, built as its device needs.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
@@ -17,7 +17,11 @@ pub(crate) fn hand_over(args: &[OsString]) -> anyhow::Result<ExitCode> {
         eprintln!("building r2q; the first time takes minutes");
     }
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let built = Command::new(cargo)
+    let mut build = Command::new(cargo);
+    for (name, _) in std::env::vars_os().filter(|(name, _)| is_of_this_package(name)) {
+        build.env_remove(name);
+    }
+    let built = build
         .args(["build", profile.flag])
         .args(["--package", "trainer", "--bin", "r2q"])
         .args(["--features", &features])
@@ -29,6 +33,17 @@ pub(crate) fn hand_over(args: &[OsString]) -> anyhow::Result<ExitCode> {
         bail!("r2q did not build with the features `{features}`");
     }
     become_program(&program, args)
+}
+
+/// Whether cargo has set a variable for the package that it runs, which is this one.
+///
+/// Build scripts that look at theirs would run again, and what depends on them be built again, each time
+/// that it is this program that starts the build.
+fn is_of_this_package(name: &OsStr) -> bool {
+    let name = name.to_string_lossy();
+    ["CARGO_PKG_", "CARGO_MANIFEST_"]
+        .iter()
+        .any(|prefix| name.starts_with(prefix))
 }
 
 /// The value of `--device`, as the program will read it; `cpu` if there is none.
@@ -139,6 +154,20 @@ mod tests {
         assert_eq!(device_of("train --device cuda:1 --seed 3"), "cuda:1");
         assert_eq!(device_of("train --device=wgpu"), "wgpu");
         assert_eq!(device_of("train --device"), "cpu");
+    }
+
+    #[test]
+    fn variables_of_this_package_are_told_from_the_users() {
+        for name in [
+            "CARGO_PKG_NAME",
+            "CARGO_MANIFEST_DIR",
+            "CARGO_MANIFEST_PATH",
+        ] {
+            assert!(is_of_this_package(OsStr::new(name)), "{name}");
+        }
+        for name in ["CARGO", "CARGO_HOME", "CARGO_TARGET_DIR", "PATH"] {
+            assert!(!is_of_this_package(OsStr::new(name)), "{name}");
+        }
     }
 
     #[test]
