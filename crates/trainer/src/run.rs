@@ -67,12 +67,12 @@ pub fn train(recipe: &Recipe, options: &RunOptions) -> Result<Finished, TrainErr
     let began = Instant::now();
     let devices = crate::device::device_list(&options.device)?;
     check_devices(recipe, devices.len())?;
-    let device = devices[0].clone();
+    let device = &devices[0];
     let folder = choose_folder(recipe, options)?;
     let resolved = recipe.to_toml()?;
     check_folder(&folder, &resolved, options.resume)?;
     // Data and model are read before the folder is made, so that bad input leaves nothing behind.
-    let prepared = prepare(recipe, &device)?;
+    let prepared = prepare(recipe, device)?;
     let inputs = inputs_digest(&prepared, recipe)?;
     let lock = begin_folder(&folder, &resolved, &inputs, options.resume)?;
     eprintln!("run: {}", folder.display());
@@ -81,8 +81,7 @@ pub fn train(recipe: &Recipe, options: &RunOptions) -> Result<Finished, TrainErr
         digest: digest_of(format!("{resolved}{inputs}").as_bytes()),
         _lock: lock,
         folder,
-        workers: Workers::on(&device, recipe.workers),
-        device,
+        workers: Workers::on(device, recipe.workers),
         devices,
         prepared,
         session: began,
@@ -118,9 +117,7 @@ struct Run<'a> {
     /// Held as long as the run is at work in its folder.
     _lock: File,
     folder: PathBuf,
-    /// Where all but training computes.
-    device: Device,
-    /// Where training does: that device, and those beside it.
+    /// Where training computes; all else does on the first.
     devices: Vec<Device>,
     prepared: Prepared,
     session: Instant,
@@ -421,7 +418,7 @@ impl Run<'_> {
         if finished.exists() {
             match checkpoint::verify_files(&finished) {
                 Ok(()) => {
-                    let model = Transformer::read(&finished, &self.device)?;
+                    let model = Transformer::read(&finished, &self.devices[0])?;
                     return Ok(model.with_precision(self.recipe.precision));
                 }
                 Err(error) => eprintln!("warning: {error}; passed over"),
@@ -702,7 +699,7 @@ impl Run<'_> {
             None => None,
             Some(contrast) => {
                 let read = |folder: &Path, side: &str| -> Result<ReferenceLogps, TrainError> {
-                    let model = Transformer::read(folder, &self.device)?
+                    let model = Transformer::read(folder, &self.devices[0])?
                         .with_precision(self.recipe.precision);
                     let expected = start.config().vocab_size;
                     if model.config().vocab_size != expected {
@@ -834,13 +831,16 @@ impl Run<'_> {
     ) -> Result<(Learner, Done), TrainError> {
         let checkpoints = self.path(names::CHECKPOINTS);
         let newest = checkpoint::newest(&checkpoints, stage.name, &self.digest)?;
+        let placed = |learner: Learner| {
+            learner
+                .with_workers(self.workers.clone())
+                .with_devices(&self.devices)
+        };
         for line in newest.damaged {
             eprintln!("warning: {line}; passed over");
         }
         let Some((path, position)) = newest.whole else {
-            let learner = Learner::new(model, optimizer)
-                .with_workers(self.workers.clone())
-                .with_devices(&self.devices);
+            let learner = placed(Learner::new(model, optimizer));
             return Ok((learner, Done::default()));
         };
         eprintln!("resuming from {}", path.display());
@@ -849,9 +849,7 @@ impl Run<'_> {
             Some(_) => model,
             None => self.recipe.trainable(model)?,
         };
-        let learner = checkpoint::load(&path, &position, model, optimizer)?
-            .with_workers(self.workers.clone())
-            .with_devices(&self.devices);
+        let learner = placed(checkpoint::load(&path, &position, model, optimizer)?);
         let done = Done {
             step: position.step,
             n_tokens: position.n_tokens,

@@ -499,7 +499,7 @@ impl<const PER_WORD: usize> Lattice<PER_WORD> {
     /// Where these bits begin.
     const FIRST_BIT: usize = 23 - Self::BITS;
     /// Words of half a block.
-    const PER_HALF: usize = PANEL / 2 * (2 + 32 / PER_WORD);
+    const PER_HALF: usize = PANEL / 2 * (2 + Self::BLOCK / PER_WORD);
 
     /// Weights on a line, its steps and origins, by the points of one input of their words.
     #[inline(always)]
