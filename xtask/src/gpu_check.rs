@@ -1,7 +1,9 @@
 //! `cargo xtask gpu-check`: all that only a machine with an NVIDIA card can say, in one command.
 //!
 //! What is missing is said first, all of it, before anything is built. Then: the parity suite, the
-//! embedded job on the card beside the CPU, and training and decoding beside the peers.
+//! embedded job on the card beside the CPU, and training and decoding beside the peers. A check that
+//! fails does not keep the others from running, for a card may be lent for this once; all that
+//! failed is said at the end.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -63,59 +65,69 @@ pub(crate) fn gpu_check(args: &[OsString]) -> anyhow::Result<ExitCode> {
         command
     };
 
-    say("the device");
-    succeed(cargo().args(["xtask", "devices", "--device", device]))?;
+    let mut failed = Vec::new();
+    let mut check = |what: &str, command: &mut Command| {
+        eprintln!("\n== {what}");
+        if let Err(error) = succeed(command) {
+            eprintln!("{error:#}");
+            failed.push(what.to_owned());
+        }
+    };
 
-    say("parity with the CPU");
-    succeed(
+    check(
+        "the device",
+        cargo().args(["xtask", "devices", "--device", device]),
+    );
+    check(
+        "parity with the CPU",
         cargo()
             .args(["test", "--release", "--package", "trainer"])
             .args(["--features", "cuda", "--test", "parity"])
+            .arg("--no-fail-fast")
             .env("R2Q_DEVICE", device),
-    )?;
-
+    );
     for seed in SEEDS {
         for device in ["cpu", device] {
-            say(&format!("the embedded job, seed {seed}, on {device}"));
             let run = out.join(format!("memo-{seed}-{}", device.replace(':', "")));
-            succeed(
+            check(
+                &format!("the embedded job, seed {seed}, on {device}"),
                 cargo()
                     .args(["xtask", "train", "--seed", seed, "--device", device])
                     .arg("--out")
                     .arg(run),
-            )?;
+            );
         }
     }
     let peers = root().join("benches").join("peers");
-    say("the quality of the embedded job");
-    succeed(
+    check(
+        "the quality of the embedded job",
         Command::new(&python)
             .arg(peers.join("same_quality.py"))
             .arg(&out),
-    )?;
+    );
 
     let card = number.strip_prefix(':').unwrap_or("0");
-    for precision in ["f32", "bf16"] {
-        say(&format!(
-            "training and decoding beside the peers, in {precision}"
-        ));
-        succeed(
-            Command::new(&python)
-                .arg(peers.join("compare.py"))
-                .args(["--device", "cuda", "--precision", precision])
-                .args(PEERS)
-                .arg("--json")
-                .arg(out.join(format!("peers-{precision}.json")))
-                .env("CUDA_VISIBLE_DEVICES", card)
-                .current_dir(root()),
-        )?;
+    for suite in ["train", "decode"] {
+        for precision in ["f32", "bf16"] {
+            check(
+                &format!("{suite} beside the peers, in {precision}"),
+                Command::new(&python)
+                    .arg(peers.join("compare.py"))
+                    .args([suite, "--device", "cuda", "--precision", precision])
+                    .args(PEERS)
+                    .arg("--json")
+                    .arg(out.join(format!("peers-{suite}-{precision}.json")))
+                    .env("CUDA_VISIBLE_DEVICES", card)
+                    .current_dir(root()),
+            );
+        }
     }
-    eprintln!("\nall checks passed; measurements: {}", out.display());
+    eprintln!("\nmeasurements: {}", out.display());
+    if !failed.is_empty() {
+        bail!("of the checks above, failed:\n  {}", failed.join("\n  "));
+    }
+    eprintln!("all checks passed");
     Ok(ExitCode::SUCCESS)
-}
-
-fn say(what: &str) {
-    eprintln!("\n== {what}");
 }
 
 /// What the checks need and this machine lacks, a line each.
