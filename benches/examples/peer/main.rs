@@ -18,7 +18,7 @@ use serde_json::Value;
 
 /// As in the program `r2q`.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::MiMalloc = allocator::MiMalloc;
 
 #[derive(Debug, Parser)]
 enum Case {
@@ -33,6 +33,7 @@ enum Case {
 }
 
 fn main() -> anyhow::Result<()> {
+    allocator::keep_freed_memory();
     match Case::parse() {
         Case::Ceilings(case) => ceilings::serve(&case),
         Case::Decode(case) => decode::serve(&case),

@@ -14,10 +14,9 @@ use trainer::{
     DataRecipe, Recipe, ReferenceCache, RunOptions, Shortage, Sources, train, within_memory,
 };
 
-/// Training allocates and frees tensors of megabytes all the time; this allocator keeps their
-/// pages, where the system's gives them back and clears them anew.
+/// Training allocates and frees tensors of megabytes all the time.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: allocator::MiMalloc = allocator::MiMalloc;
 
 #[derive(Debug, Parser)]
 #[command(name = "r2q", bin_name = "cargo xtask", version, about)]
@@ -185,6 +184,7 @@ enum EmptyWay {
 const LOGGED: &str = "warn,cubecl_runtime=error";
 
 fn main() -> ExitCode {
+    allocator::keep_freed_memory();
     tracing_subscriber::fmt()
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env()
