@@ -4,4 +4,7 @@
 //! word behind `--` only the ids that hold it. An id holds the size, and every timing ends after
 //! the device is done.
 //!
+//! `cargo run --release -p benches --example growth` asks how the cost of a training step grows with
+//! the length of its texts, and whether a long run drifts.
+//!
 //! `benches/peers` compares with PyTorch, TRL and transformers; its README says how.
