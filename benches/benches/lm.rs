@@ -47,10 +47,8 @@ fn memo_model(device: &Device) -> Transformer {
     Transformer::init(config, 1, device).expect("the sizes divide")
 }
 
-/// `n` ids that look like no pattern; the same for the same `seed`.
 fn ids(n: usize, seed: usize) -> Vec<u32> {
-    let id = |place: usize| 3 + (place * 7919 + seed * 104_729) % (VOCAB - 3);
-    (0..n).map(|place| id(place) as u32).collect()
+    benches::ids(n, seed, VOCAB)
 }
 
 fn wait(device: &Device) {

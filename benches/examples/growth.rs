@@ -134,7 +134,7 @@ fn drift() -> anyhow::Result<Plot> {
     Ok(Plot {
         title: "A long run".into(),
         x_label: "step".into(),
-        y_label: "a step, median of 500 (ms)".into(),
+        y_label: format!("a step, median of {WINDOW} (ms)"),
         series: vec![series("measured", points)],
         ..Plot::default()
     })
@@ -165,10 +165,7 @@ impl Steps {
             max_grad_norm: 1.0,
             ..OptimizerRecipe::default()
         };
-        let ids = |seed: usize| -> Vec<u32> {
-            let id = |place: usize| 3 + (place * 7919 + seed * 104_729) % (shape.vocab_size - 3);
-            (0..tokens / 2).map(|place| id(place) as u32).collect()
-        };
+        let ids = |seed| benches::ids(tokens / 2, seed, shape.vocab_size);
         Ok(Self {
             learner: Learner::new(model, AdamW::new(&optimizer)),
             pairs: (0..pairs)

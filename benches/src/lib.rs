@@ -8,3 +8,10 @@
 //! the length of its texts, and whether a long run drifts.
 //!
 //! `benches/peers` compares with PyTorch, TRL and transformers; its README says how.
+
+/// `n` token ids below `vocab`, none of the first three, that look like no pattern; the same for the
+/// same `seed`.
+pub fn ids(n: usize, seed: usize, vocab: usize) -> Vec<u32> {
+    let id = |place: usize| 3 + (place * 7919 + seed * 104_729) % (vocab - 3);
+    (0..n).map(|place| id(place) as u32).collect()
+}

@@ -83,7 +83,6 @@ pub(crate) fn gpu_check(args: &[OsString]) -> anyhow::Result<ExitCode> {
         cargo()
             .args(["test", "--release", "--package", "trainer"])
             .args(["--features", "cuda", "--test", "parity"])
-            .arg("--no-fail-fast")
             .env("R2Q_DEVICE", device),
     );
     for seed in SEEDS {

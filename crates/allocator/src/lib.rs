@@ -6,8 +6,8 @@
 //! quarter of a step's time went there (`docs/src/performance.md`). What is kept is reused, and
 //! goes back when the program ends.
 //!
-//! A library does not choose its program's allocator, so that none of the other crates depends on this
-//! one.
+//! A library does not choose its program's allocator: of the other crates only the program of
+//! `trainer` uses this one, and benchmarks.
 //!
 //! # Examples
 //!
