@@ -76,10 +76,10 @@ impl Learner {
     /// Begins training `model`, which is on a plain device.
     pub fn new(model: Transformer, optimizer: AdamW) -> Self {
         Self {
+            workers: Workers::on(&model.device(), 1),
             model: model.train(),
             optimizer,
             reference: None,
-            workers: Workers::new(1),
             devices: Vec::new(),
         }
     }
@@ -156,14 +156,15 @@ impl Learner {
             .map(|(name, sum, n)| (name, sum / f64::from(n)))
             .collect();
         let loss = micro_losses.iter().sum::<f64>() * share;
-        let grad_norm = gradients.norm();
-        let updated = loss.is_finite() && grad_norm.is_finite();
-        if updated {
-            let model = self.model.clone();
-            self.model = self
-                .optimizer
-                .step(model, gradients, grad_norm, learning_rate);
-        }
+        let (model, optimizer) = (&mut self.model, &mut self.optimizer);
+        let (grad_norm, updated) = self.workers.run(|| {
+            let grad_norm = gradients.norm();
+            let updated = loss.is_finite() && grad_norm.is_finite();
+            if updated {
+                *model = optimizer.step(model.clone(), gradients, grad_norm, learning_rate);
+            }
+            (grad_norm, updated)
+        });
         StepOutcome {
             loss,
             grad_norm,
@@ -189,7 +190,8 @@ impl Learner {
         }
         let model = &self.model;
         if n == 1 || self.workers.count() == 1 {
-            return (0..n).for_each(|index| take(backward(model, micro(model, index))));
+            let one = |index| self.workers.run(|| backward(model, micro(model, index)));
+            return (0..n).for_each(|index| take(one(index)));
         }
         let results = self.workers.map(n, |index| {
             // A graph of its own for each thread: leaves that two graphs share would tie their

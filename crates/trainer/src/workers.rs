@@ -12,28 +12,40 @@ use crate::device::is_cpu;
 /// On a CPU, small tensors leave cores idle inside each operation; two batches side by side do
 /// not. A piece is computed alike on any number of workers, so that results do not depend on it.
 #[derive(Clone, Debug)]
-pub struct Workers {
-    /// None where one worker takes everything on the caller's thread and its pool.
-    pools: Arc<Vec<rayon::ThreadPool>>,
+pub struct Workers(Threads);
+
+#[derive(Clone, Debug)]
+enum Threads {
+    /// The caller's.
+    Caller,
+    /// One of rayon's own pool. From outside, every operation that cores share would hand itself to
+    /// the pool and sleep until it is done, a thousand times a training step.
+    Pool,
+    /// One for each pool.
+    Pools(Arc<Vec<rayon::ThreadPool>>),
 }
 
 impl Workers {
-    /// `count` workers; one works on the caller's thread.
+    /// `count` workers on a CPU.
     pub fn new(count: usize) -> Self {
         let pool = || rayon::ThreadPoolBuilder::new().num_threads(1).build().ok();
-        let pools: Option<Vec<_>> = match count {
-            0 | 1 => None,
-            _ => (0..count).map(|_| pool()).collect(),
-        };
-        // A system that grants no thread still gets its work done.
-        Self {
-            pools: Arc::new(pools.unwrap_or_default()),
+        if count > 1
+            && let Some(pools) = (0..count).map(|_| pool()).collect()
+        {
+            return Self(Threads::Pools(Arc::new(pools)));
         }
+        // Also where a system grants no threads.
+        Self(Threads::Pool)
     }
 
-    /// `count` workers for a device: a GPU runs one kernel at a time, and gets one.
+    /// `count` workers for a device: a GPU runs one kernel at a time, in an order that belongs to
+    /// the caller's thread, and gets one.
     pub fn on(device: &Device, count: usize) -> Self {
-        Self::new(if is_cpu(device) { count } else { 1 })
+        if is_cpu(device) {
+            Self::new(count)
+        } else {
+            Self(Threads::Caller)
+        }
     }
 
     /// As many workers as the machine has cores, for a device that they compute on.
@@ -46,7 +58,22 @@ impl Workers {
 
     /// How many work side by side.
     pub fn count(&self) -> usize {
-        self.pools.len().max(1)
+        match &self.0 {
+            Threads::Caller | Threads::Pool => 1,
+            Threads::Pools(pools) => pools.len(),
+        }
+    }
+
+    /// The result of `work`, which all cores share where one worker has them all.
+    ///
+    /// # Panics
+    ///
+    /// If `work` does.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        match self.0 {
+            Threads::Caller => work(),
+            Threads::Pool | Threads::Pools(_) => rayon::scope(|_| work()),
+        }
     }
 
     /// The results of `work` on `0..n`, in order.
@@ -55,13 +82,14 @@ impl Workers {
     ///
     /// If `work` does.
     pub fn map<T: Send>(&self, n: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T> {
-        if self.pools.is_empty() || n <= 1 {
-            return (0..n).map(work).collect();
-        }
+        let pools = match &self.0 {
+            Threads::Pools(pools) if n > 1 => pools,
+            _ => return self.run(|| (0..n).map(&work).collect()),
+        };
         let next = AtomicUsize::new(0);
         let results: Mutex<Vec<Option<T>>> = Mutex::new((0..n).map(|_| None).collect());
         std::thread::scope(|scope| {
-            for pool in self.pools.iter() {
+            for pool in pools.iter() {
                 scope.spawn(|| {
                     pool.install(|| {
                         loop {
@@ -96,5 +124,14 @@ mod tests {
             assert_eq!(Workers::new(count).map(37, |i| i * i), expected);
         }
         assert!(Workers::new(3).map(0, |i| i).is_empty());
+    }
+
+    #[test]
+    fn what_cores_share_begins_in_a_pool() {
+        for workers in [Workers::new(1), Workers::new(2)] {
+            assert!(workers.run(rayon::current_thread_index).is_some());
+            let within = workers.map(2, |_| rayon::current_thread_index().is_some());
+            assert_eq!(within, [true, true]);
+        }
     }
 }

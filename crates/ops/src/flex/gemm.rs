@@ -11,11 +11,11 @@ const WORTH_SHARING: usize = 1 << 20;
 /// A matrix that is read: its numbers, and how far apart its rows and its columns are.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Matrix<'a> {
-    values: &'a [f32],
-    rows: usize,
-    columns: usize,
-    row_step: usize,
-    column_step: usize,
+    pub(super) values: &'a [f32],
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) row_step: usize,
+    pub(super) column_step: usize,
 }
 
 impl<'a> Matrix<'a> {
@@ -98,8 +98,15 @@ pub(super) fn product(out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>) {
 
 /// `a b`, on all cores where it is worth it.
 pub(super) fn shared_product(out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>) {
-    let work = a.rows * a.columns * b.columns;
-    let parallelism = if work >= WORTH_SHARING {
+    let shared = a.rows * a.columns * b.columns >= WORTH_SHARING;
+    #[cfg(target_arch = "x86_64")]
+    if shared && let Some(simd) = super::tiles::processor(a.rows) {
+        if has_terms(out, into, a, b) {
+            super::tiles::product(simd, out, into, a, b);
+        }
+        return;
+    }
+    let parallelism = if shared {
         // 0: as many threads as the pool has.
         gemm::Parallelism::Rayon(0)
     } else {
@@ -120,8 +127,12 @@ pub(super) fn new_product(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
     }
 }
 
-#[expect(unsafe_code, reason = "the `gemm` crate takes pointers")]
-fn gemm(mut out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>, parallelism: gemm::Parallelism) {
+/// Whether there is anything to add up. A fresh product of no terms is zero.
+///
+/// # Panics
+///
+/// If the shapes do not fit.
+fn has_terms(mut out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>) -> bool {
     let (rows, columns) = out.dims();
     assert!(
         a.dims() == (rows, a.columns) && b.dims() == (a.columns, columns),
@@ -129,17 +140,20 @@ fn gemm(mut out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>, parallelism: 
         a.dims(),
         b.dims()
     );
-    if rows == 0 || columns == 0 {
-        return;
-    }
-    if a.columns == 0 {
-        if into == Into::Fresh {
-            for row in 0..rows {
-                out.row(row).fill(0.0);
-            }
+    if a.columns == 0 && columns > 0 && into == Into::Fresh {
+        for row in 0..rows {
+            out.row(row).fill(0.0);
         }
+    }
+    rows > 0 && columns > 0 && a.columns > 0
+}
+
+#[expect(unsafe_code, reason = "the `gemm` crate takes pointers")]
+fn gemm(mut out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>, parallelism: gemm::Parallelism) {
+    if !has_terms(out, into, a, b) {
         return;
     }
+    let (rows, columns) = out.dims();
     let (at, step) = out.raw();
     let signed = |step: usize| isize::try_from(step).expect("memory is smaller than that");
     // SAFETY: `check` holds that every number of `a` and `b` lies in its slice, and a window that

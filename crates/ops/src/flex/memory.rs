@@ -116,6 +116,19 @@ impl Window {
         unsafe { std::slice::from_raw_parts_mut(self.at.add(row * self.step), self.columns) }
     }
 
+    /// Asks for a part of a row to be fetched, before it is written.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "fetching ahead is an intrinsic")]
+    pub(super) fn prefetch(&self, row: usize, columns: std::ops::Range<usize>) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        for column in [columns.start, columns.end - 1] {
+            let at = self.at.wrapping_add(row * self.step + column);
+            // SAFETY: a hint, which reads nothing, wherever it points.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+    }
+
     pub(super) fn dims(&self) -> (usize, usize) {
         (self.rows, self.columns)
     }

@@ -8,6 +8,8 @@ mod linear;
 mod memory;
 mod norm;
 mod swiglu;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Flex, TensorMetadata};

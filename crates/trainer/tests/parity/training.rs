@@ -76,7 +76,7 @@ fn steps_together(model: Transformer, devices: &[Device], activations: Activatio
     let objectives = Objectives::new(objectives).unwrap();
     let hidden_size = model.config().hidden_size;
     let other = Transformer::init(model.config().clone(), 5, device).unwrap();
-    let reference = ReferenceLogps::compute(&other, &pairs, 3, &Workers::new(1), "parity");
+    let reference = ReferenceLogps::compute(&other, &pairs, 3, &Workers::on(device, 1), "parity");
     let mut figures = Figures::new();
     figures.insert("reference, chosen".into(), reference.chosen.values().into());
     let rejected = reference.rejected.values().into();
@@ -191,8 +191,13 @@ fn logps_in_bf16_agree_where_the_device_has_it() {
         let [cpu, device] = on_both(|device| {
             let model = Transformer::read(&folder, device).unwrap();
             let model = model.with_precision(Precision::Bf16);
-            let logps =
-                ReferenceLogps::compute(&model, &pairs(), 3, &Workers::new(1), "parity, bf16");
+            let logps = ReferenceLogps::compute(
+                &model,
+                &pairs(),
+                3,
+                &Workers::on(device, 1),
+                "parity, bf16",
+            );
             [logps.chosen.values(), logps.rejected.values()].concat()
         });
         assert_close(&cpu, &device, BF16_TOLERANCE, &folder.display().to_string());
