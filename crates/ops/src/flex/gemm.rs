@@ -8,6 +8,10 @@ use super::memory::{Window, values, written};
 /// Multiplications and additions from which on all cores share a product.
 const WORTH_SHARING: usize = 1 << 20;
 
+/// Rows from which on `b` is met often enough to be packed for them.
+#[cfg(target_arch = "x86_64")]
+const WORTH_PACKING: usize = 24;
+
 /// A matrix that is read: its numbers, and how far apart its rows and its columns are.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Matrix<'a> {
@@ -93,26 +97,17 @@ pub(super) enum Into {
 ///
 /// If the shapes do not fit.
 pub(super) fn product(out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>) {
-    gemm(out, into, a, b, gemm::Parallelism::None);
+    multiply(out, into, a, b, false);
 }
 
 /// `a b`, on all cores where it is worth it.
+///
+/// # Panics
+///
+/// If the shapes do not fit.
 pub(super) fn shared_product(out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>) {
     let shared = a.rows * a.columns * b.columns >= WORTH_SHARING;
-    #[cfg(target_arch = "x86_64")]
-    if shared && let Some(simd) = super::tiles::processor(a.rows) {
-        if has_terms(out, into, a, b) {
-            super::tiles::product(simd, out, into, a, b);
-        }
-        return;
-    }
-    let parallelism = if shared {
-        // 0: as many threads as the pool has.
-        gemm::Parallelism::Rayon(0)
-    } else {
-        gemm::Parallelism::None
-    };
-    gemm(out, into, a, b, parallelism);
+    multiply(out, into, a, b, shared);
 }
 
 /// `a b` in memory of its own, row by row.
@@ -125,6 +120,25 @@ pub(super) fn new_product(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
             shared_product(Window::new(at, rows, columns), Into::Fresh, a, b);
         })
     }
+}
+
+fn multiply(out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>, shared: bool) {
+    if !has_terms(out, into, a, b) {
+        return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if a.rows >= WORTH_PACKING
+        && let Some(simd) = super::tiles::processor()
+    {
+        return super::tiles::product(simd, out, into, a, b, shared);
+    }
+    let parallelism = if shared {
+        // 0: as many threads as the pool has.
+        gemm::Parallelism::Rayon(0)
+    } else {
+        gemm::Parallelism::None
+    };
+    gemm(out, into, a, b, parallelism);
 }
 
 /// Whether there is anything to add up. A fresh product of no terms is zero.
@@ -150,9 +164,6 @@ fn has_terms(mut out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>) -> bool 
 
 #[expect(unsafe_code, reason = "the `gemm` crate takes pointers")]
 fn gemm(mut out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>, parallelism: gemm::Parallelism) {
-    if !has_terms(out, into, a, b) {
-        return;
-    }
     let (rows, columns) = out.dims();
     let (at, step) = out.raw();
     let signed = |step: usize| isize::try_from(step).expect("memory is smaller than that");

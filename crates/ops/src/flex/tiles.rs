@@ -28,14 +28,10 @@ const WIDTH: usize = 4096;
 /// Panels of `b` that a thread packs at a time, side by side: rows of four cache lines.
 const GROUP: usize = 4;
 
-/// Rows from which on `b` is met often enough to be packed for it.
-const WORTH_PACKING: usize = 8 * ROWS;
-
-/// What this processor computes a product of so many rows with, if tiles are for it. Wider registers
-/// are left to the crate `gemm`.
-pub(super) fn processor(rows: usize) -> Option<V3> {
-    let worth_it = rows >= WORTH_PACKING && !std::arch::is_x86_feature_detected!("avx512f");
-    V3::try_new().filter(|_| worth_it)
+/// What this processor computes tiles with, if it is one that they are for. Wider registers are left
+/// to the crate `gemm`.
+pub(super) fn processor() -> Option<V3> {
+    V3::try_new().filter(|_| !std::arch::is_x86_feature_detected!("avx512f"))
 }
 
 /// Lines of a matrix, rows of `a` or columns of `b`, and the terms of their sums.
@@ -94,15 +90,26 @@ impl<'a> Lines<'a> {
     }
 }
 
-/// `a b`, on all cores.
+/// `a b`, on all cores if it is to be shared.
 ///
 /// Each number's terms are added up in an order that depends on their count alone.
-pub(super) fn product(simd: V3, out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>) {
+pub(super) fn product(
+    simd: V3,
+    out: Window,
+    into: Into,
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    shared: bool,
+) {
     let (rows, columns) = out.dims();
     let terms = a.columns;
     let depth = terms.div_ceil(terms.div_ceil(DEPTH));
     let tiles = rows.div_ceil(ROWS);
-    let threads = rayon::current_num_threads();
+    let threads = if shared {
+        rayon::current_num_threads()
+    } else {
+        1
+    };
     let blocks = rows.div_ceil(BLOCK).next_multiple_of(threads).min(tiles);
     let first_row = |block: usize| (block * tiles / blocks * ROWS).min(rows);
     let a = Lines {
@@ -123,13 +130,19 @@ pub(super) fn product(simd: V3, out: Window, into: Into, a: Matrix<'_>, b: Matri
         for first in (0..terms).step_by(depth) {
             let depth = depth.min(terms - first);
             let packed = &mut packed[..width.div_ceil(COLUMNS) * depth];
-            let groups = packed.par_chunks_mut(GROUP * depth).enumerate();
-            groups.for_each(|(group, panels)| {
+            let pack = |(group, panels): (usize, &mut [[f32; COLUMNS]])| {
                 let column = group * GROUP * COLUMNS;
                 let count = (GROUP * COLUMNS).min(width - column);
                 b.from(left + column, first).pack(count, depth, panels);
-            });
-            (0..blocks).into_par_iter().for_each(|block| {
+            };
+            if shared {
+                let groups = packed.par_chunks_mut(GROUP * depth);
+                groups.enumerate().for_each(pack);
+            } else {
+                let groups = packed.chunks_mut(GROUP * depth);
+                groups.enumerate().for_each(pack);
+            }
+            let multiply = |block: usize| {
                 let rows = first_row(block)..first_row(block + 1);
                 let a = a.from(rows.start, first);
                 // SAFETY: blocks have rows of their own.
@@ -143,7 +156,12 @@ pub(super) fn product(simd: V3, out: Window, into: Into, a: Matrix<'_>, b: Matri
                     depth,
                 };
                 Simd::vectorize(simd, block);
-            });
+            };
+            if shared {
+                (0..blocks).into_par_iter().for_each(multiply);
+            } else {
+                (0..blocks).for_each(multiply);
+            }
         }
     }
     PACKED_B.set(packed);
@@ -244,8 +262,8 @@ mod tests {
         [80, 130, 129],
         [7, 3, WIDTH + 18],
     ];
-    /// Rounding of a sum of n terms below 1, which grows with n at the most.
-    const TOLERANCE_PER_TERM: f64 = 6e-8;
+    /// Of each of n additions, relative to the sum of the terms' sizes: half of f32's last bit.
+    const ROUNDING: f64 = 6e-8;
 
     fn noise(n: usize, seed: usize) -> Vec<f32> {
         let number = |at: usize| ((at * 7919 + seed * 104_729) % 2003) as f32 / 1001.5 - 1.0;
@@ -262,12 +280,19 @@ mod tests {
     }
 
     #[expect(unsafe_code, reason = "a window is made of a pointer")]
-    fn run(out: &mut [f32], columns: usize, into: Into, a: Matrix<'_>, b: Matrix<'_>) {
+    fn run(
+        out: &mut [f32],
+        columns: usize,
+        into: Into,
+        a: Matrix<'_>,
+        b: Matrix<'_>,
+        shared: bool,
+    ) {
         // Also on a processor with wider registers, where products are not left to tiles.
         let Some(simd) = V3::try_new() else { return };
         // SAFETY: the window is the slice's.
         let window = unsafe { Window::new(out.as_mut_ptr(), out.len() / columns, columns) };
-        product(simd, window, into, a, b);
+        product(simd, window, into, a, b, shared);
     }
 
     #[test]
@@ -284,7 +309,7 @@ mod tests {
                     // What is fresh is not read.
                     let before = if into == Into::Sum { 0.5 } else { f32::NAN };
                     let mut out = vec![before; rows * columns];
-                    run(&mut out, columns, into, a, b);
+                    run(&mut out, columns, into, a, b, true);
                     for (at, &found) in out.iter().enumerate() {
                         let (row, column) = (at / columns, at % columns);
                         let term = |term: usize| {
@@ -294,9 +319,10 @@ mod tests {
                         };
                         let start = if into == Into::Sum { 0.5 } else { 0.0 };
                         let sum = start + (0..terms).map(term).sum::<f64>();
+                        let sizes = start + (0..terms).map(|at| term(at).abs()).sum::<f64>();
                         let gap = (f64::from(found) - sum).abs();
                         assert!(
-                            gap <= TOLERANCE_PER_TERM * (terms + 1) as f64,
+                            gap <= ROUNDING * (terms + 1) as f64 * sizes,
                             "{rows} {terms} {columns} {turned:?} {into:?}: {found} for {sum}"
                         );
                     }
@@ -314,16 +340,14 @@ mod tests {
                 Matrix::new(&y, terms, columns),
             );
             let mut all = vec![0.0; rows * columns];
-            run(&mut all, columns, Into::Fresh, a, b);
-            let one = rayon::ThreadPoolBuilder::new().num_threads(1).build();
+            run(&mut all, columns, Into::Fresh, a, b, true);
             let mut alone = vec![0.0; rows * columns];
-            one.unwrap()
-                .install(|| run(&mut alone, columns, Into::Fresh, a, b));
+            run(&mut alone, columns, Into::Fresh, a, b, false);
             assert_eq!(all, alone);
             for (row, x) in x.chunks_exact(terms).enumerate() {
                 let mut alone = vec![0.0; columns];
                 let x = Matrix::new(x, 1, terms);
-                run(&mut alone, columns, Into::Fresh, x, b);
+                run(&mut alone, columns, Into::Fresh, x, b, false);
                 assert_eq!(all[row * columns..][..columns], alone);
             }
         }
@@ -338,12 +362,12 @@ mod tests {
             Matrix::new(&x, rows, terms),
             Matrix::new(&y, terms, columns),
         );
-        run(&mut first, columns, Into::Fresh, a, b);
+        run(&mut first, columns, Into::Fresh, a, b, false);
         let others: Vec<Vec<f32>> = (0..64)
             .into_par_iter()
             .map(|_| {
                 let mut out = vec![0.0; rows * columns];
-                run(&mut out, columns, Into::Fresh, a, b);
+                run(&mut out, columns, Into::Fresh, a, b, true);
                 out
             })
             .collect();
