@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
@@ -132,6 +132,13 @@ struct Inner {
     replaced: Option<&'static str>,
     vocab_size: usize,
     clean_up: bool,
+    /// What each id adds to a text, once it was asked for.
+    pieces: OnceLock<Vec<OnceLock<Option<Box<str>>>>>,
+}
+
+/// Whether a piece is characters, none of them broken.
+fn is_whole(piece: &str) -> bool {
+    !piece.is_empty() && !piece.contains(char::REPLACEMENT_CHARACTER)
 }
 
 impl Tokenizer {
@@ -339,6 +346,7 @@ impl Tokenizer {
                 replaced,
                 vocab_size,
                 clean_up,
+                pieces: OnceLock::new(),
             }),
         })
     }
@@ -413,6 +421,50 @@ impl Tokenizer {
     ///
     /// Ids that the library refuses.
     pub fn decode_pieces(&self, ids: &[u32]) -> Result<Vec<String>, TokenizerError> {
+        match self.usual_pieces(ids)? {
+            Some(pieces) => Ok(pieces),
+            None => self.streamed_pieces(ids),
+        }
+    }
+
+    /// The pieces, if each id adds here what it adds elsewhere: all ids are decoded once, where
+    /// the library's stream decodes each several times.
+    fn usual_pieces(&self, ids: &[u32]) -> Result<Option<Vec<String>>, TokenizerError> {
+        let Some((&first, rest)) = ids.split_first() else {
+            return Ok(None);
+        };
+        let mut pieces = self.streamed_pieces(&[first])?;
+        if !pieces.iter().all(|piece| is_whole(piece)) {
+            return Ok(None);
+        }
+        for &id in rest {
+            let Some(piece) = self.usual_piece(id) else {
+                return Ok(None);
+            };
+            pieces.push(piece.to_owned());
+        }
+        let whole = self.inner.library.decode(ids, false);
+        let whole = whole.map_err(|error| self.refused("decode", &error.to_string()))?;
+        Ok((pieces.concat() == whole).then_some(pieces))
+    }
+
+    /// What an id adds to a text, if it is whole characters.
+    fn usual_piece(&self, id: u32) -> Option<&str> {
+        let all = || {
+            (0..self.inner.vocab_size)
+                .map(|_| OnceLock::new())
+                .collect()
+        };
+        let known: &Vec<OnceLock<Option<Box<str>>>> = self.inner.pieces.get_or_init(all);
+        let piece = known.get(id as usize)?.get_or_init(|| {
+            // Behind itself: decoders treat the first token of a text in their own way.
+            let piece = self.streamed_pieces(&[id, id]).ok()?.pop()?;
+            is_whole(&piece).then(|| piece.into_boxed_str())
+        });
+        piece.as_deref()
+    }
+
+    fn streamed_pieces(&self, ids: &[u32]) -> Result<Vec<String>, TokenizerError> {
         let mut stream = self.inner.library.decode_stream(false);
         let mut pieces = Vec::with_capacity(ids.len());
         let mut joined = 0;
@@ -826,4 +878,45 @@ fn clean_up_spaces(text: String) -> String {
     ]
     .into_iter()
     .fold(text, |text, (from, to)| text.replace(from, to))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_those_of_decoding_id_by_id() {
+        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata");
+        for folder in ["chat", "trl"] {
+            let tokenizer = Tokenizer::from_folder(&data.join(folder)).unwrap();
+            let texts = [
+                "Once upon a time, there was a cat .",
+                " a\n\n  b",
+                "na\u{ef}ve \u{1f642}\u{1f468}\u{200d}\u{1f469} \u{e4}\u{301}",
+                "\u{fffd}x",
+            ];
+            let mut usual = 0;
+            let mut check = |ids: &[u32]| {
+                let pieces = tokenizer.decode_pieces(ids).unwrap();
+                assert_eq!(pieces, tokenizer.streamed_pieces(ids).unwrap(), "{ids:?}");
+                usual += usize::from(tokenizer.usual_pieces(ids).unwrap().is_some());
+            };
+            check(&[]);
+            for text in texts {
+                let ids = tokenizer.encode(text).unwrap();
+                check(&ids);
+                for from in 0..ids.len() {
+                    check(&ids[from..]);
+                }
+            }
+            // Tokens that no text has side by side, and ids beyond the vocabulary.
+            let n = tokenizer.vocab_size() as u64 + 2;
+            for seed in 0..500_u64 {
+                let id = |i: u64| (seed * 7919 + i * i * 104_729 + seed * i * 31) % n;
+                let ids: Vec<u32> = (0..seed % 9).map(|i| id(i) as u32).collect();
+                check(&ids);
+            }
+            assert!(usual > 100, "{folder}: {usual}");
+        }
+    }
 }
