@@ -207,14 +207,16 @@ impl Steps {
 /// weights, and of attention; counted as `benches/peers/compare.py` counts them.
 fn operations(shape: &LlamaShape, n: usize) -> [f64; 2] {
     let (prompt, completion) = (n / 2, n / 2);
-    let width = shape.hidden_size;
-    let block = 4 * width * width + 3 * width * shape.intermediate_size;
-    let tokens = prompt + 2 * completion;
-    let products =
-        2 * (shape.n_layers * block * tokens + width * shape.vocab_size * 2 * completion);
-    let seen =
-        prompt * (prompt + 1) / 2 + 2 * (completion * prompt + completion * (completion + 1) / 2);
-    let attention = 4 * width * shape.n_layers * seen;
+    let (width, layers) = (shape.hidden_size, shape.n_layers);
+    let keys_and_values = 2 * width * width;
+    let rest = 2 * width * width + 3 * width * shape.intermediate_size;
+    let read = 2 * completion;
+    let tokens = prompt + read;
+    let blocks = layers * keys_and_values * tokens + rest * ((layers - 1) * tokens + read);
+    let products = 2 * (blocks + width * shape.vocab_size * read);
+    let seen = (layers - 1) * prompt * (prompt + 1) / 2
+        + layers * (read * prompt + completion * (completion + 1));
+    let attention = 4 * width * seen;
     // Once forward and twice backward.
     [products, attention].map(|once| 3.0 * once as f64)
 }

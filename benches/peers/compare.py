@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import random
@@ -190,16 +191,21 @@ def first_differences(texts):
 def useful_flops(shape, args, shared):
     """Operations that a step cannot do without: two for each weight of a matrix and each token that is multiplied with
     it, and four times the width for each token that a token attends to; all of it once forward and twice backward. The
-    head counts for completion tokens alone, a shared prompt once."""
+    head counts for completion tokens alone, as does all of the last block but its keys and values; a shared prompt
+    once."""
     hidden, layers, heads = shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"]
     kv_width = hidden // heads * shape["num_key_value_heads"]
-    block = 2 * hidden * hidden + 2 * hidden * kv_width + 3 * hidden * shape["intermediate_size"]
+    keys_and_values = 2 * hidden * kv_width
+    rest = 2 * hidden * hidden + 3 * hidden * shape["intermediate_size"]
     prompt, completion = args.prompt, args.completion
     prompts = 1 if shared else 2
-    tokens = prompts * prompt + 2 * completion
-    attended = prompts * prompt * (prompt + 1) / 2 + 2 * completion * (prompt + (completion + 1) / 2)
-    forward = 2 * layers * block * tokens + 4 * layers * hidden * attended
-    forward += 2 * hidden * shape["vocab_size"] * 2 * completion
+    read = 2 * completion
+    tokens = prompts * prompt + read
+    behind_prompt = read * (prompt + (completion + 1) / 2)
+    attended = (layers - 1) * (prompts * prompt * (prompt + 1) / 2) + layers * behind_prompt
+    forward = 2 * layers * keys_and_values * tokens + 2 * rest * ((layers - 1) * tokens + read)
+    forward += 4 * hidden * attended
+    forward += 2 * hidden * shape["vocab_size"] * read
     return 3 * forward * args.pairs
 
 
@@ -346,14 +352,17 @@ def main():
     parser.add_argument("--pairs", type=int, default=8, help="pairs of a training step")
     parser.add_argument("--prompt", type=int, default=96, help="tokens of a pair's prompt")
     parser.add_argument("--completion", type=int, default=96, help="tokens of each completion of a pair")
-    parser.add_argument("--workers", type=int, default=1,
-                        help="parts of a step that r2q computes side by side (the recipes' key `workers`)")
+    parser.add_argument("--workers", type=int,
+                        help="parts of a step that r2q computes side by side (the recipes' key `workers`); on a CPU one "
+                             "for each thread, if the pairs can be divided so")
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parser.add_argument("--tables", type=Path, metavar="FILE", help="only print the tables of such a file")
     parser.add_argument("--program", help="r2q's side, if it is not to be built")
     args = parser.parse_args()
     if unknown := set(args.suites) - {"decode", "train"}:
         parser.error(f"unknown suite `{unknown.pop()}`; there are decode and train")
+    if args.workers is None:
+        args.workers = math.gcd(args.threads, args.pairs) if args.device == "cpu" else 1
     suites = args.suites or ["decode", "train"]
     if args.tables:
         results = json.loads(args.tables.read_text())

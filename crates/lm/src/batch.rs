@@ -291,8 +291,7 @@ impl Transformer {
     ///
     /// [`Transformer::head`] makes logits of them, a few rows at a time where all would not fit.
     pub fn completion_hidden(&self, batch: &CompletionBatch) -> Tensor<2> {
-        let hidden = self.hidden_laid_out(batch.ids.clone(), &batch.layout);
-        hidden.select(0, batch.sources.clone())
+        self.hidden_of(&batch.sources, batch.ids.clone(), &batch.layout)
     }
 }
 
@@ -391,6 +390,34 @@ mod tests {
             (sums, visitor.1)
         };
         let ((a, ga), (b, gb)) = (run(&shared), run(&apart));
+        for (a, b) in a.iter().zip(&b).chain(ga.iter().zip(&gb)) {
+            assert!((a - b).abs() < ORDER_TOLERANCE * (1.0 + b.abs()), "{a} {b}");
+        }
+        assert!(ga.len() > 20 && ga.iter().any(|norm| norm.abs() > 0.1));
+    }
+
+    #[test]
+    fn what_the_last_block_leaves_out_is_not_read() {
+        use burn::module::Module;
+        let model = model().train();
+        let device = Device::default().autodiff();
+        let pairs: [(&[u32], &[u32], &[u32]); 2] = [
+            (&[3, 4, 5, 6, 7], &[8, 9, 1], &[10, 1]),
+            (&[11], &[12, 13, 14, 1], &[15, 1]),
+        ];
+        let batch = CompletionBatch::for_pairs(&pairs, 16, &device);
+        let (ids, layout, sources) = batch.laid_out();
+        let all = model.run(ids, &layout, None, None).select(0, sources);
+        let run = |hidden: Tensor<2>| {
+            let scored = model.score_hidden(&batch, hidden.clone(), false);
+            let grads = scored.flat.powi_scalar(2).sum().backward();
+            let mut visitor = Norms(grads, Vec::new());
+            model.visit(&mut visitor);
+            let hidden: Vec<f32> = hidden.inner().try_into_vec_as().unwrap();
+            (hidden, visitor.1)
+        };
+        let ((a, ga), (b, gb)) = (run(model.completion_hidden(&batch)), run(all));
+        assert_eq!(a.len(), 11 * 16);
         for (a, b) in a.iter().zip(&b).chain(ga.iter().zip(&gb)) {
             assert!((a - b).abs() < ORDER_TOLERANCE * (1.0 + b.abs()), "{a} {b}");
         }

@@ -257,12 +257,17 @@ impl Transformer {
             positions: (0..seq as u32).collect(),
             sight: Sight::Within(Spans::rows(batch, seq)),
         };
-        self.run(ids, &layout, None)
+        self.run(ids, &layout, None, None)
     }
 
-    /// Hidden states, `[batch * seq, hidden]`, of tokens that lie as `layout` says.
-    pub(crate) fn hidden_laid_out(&self, ids: Tensor<2, Int>, layout: &SeqLayout) -> Tensor<2> {
-        self.run(ids, layout, None)
+    /// Hidden states, `[n, hidden]`, of `rows` of the tokens that lie as `layout` says.
+    pub(crate) fn hidden_of(
+        &self,
+        rows: &Tensor<1, Int>,
+        ids: Tensor<2, Int>,
+        layout: &SeqLayout,
+    ) -> Tensor<2> {
+        self.run(ids, layout, None, Some(rows))
     }
 
     /// Logits of the next token, `[rows, vocab]`, of hidden states `[rows, hidden]`.
@@ -299,14 +304,15 @@ impl Transformer {
         layout: &SeqLayout,
         cache: &mut dyn Past,
     ) -> Tensor<2> {
-        self.run(ids, layout, Some(cache))
+        self.run(ids, layout, Some(cache), None)
     }
 
-    fn run(
+    pub(crate) fn run(
         &self,
         ids: Tensor<2, Int>,
         layout: &SeqLayout,
         mut cache: Option<&mut dyn Past>,
+        rows: Option<&Tensor<1, Int>>,
     ) -> Tensor<2> {
         let turns = self.turns(layout);
         let mut x = self.embedded(ids, layout);
@@ -315,7 +321,8 @@ impl Transformer {
             let cache = cache
                 .as_mut()
                 .map(|cache| (&mut **cache as &mut dyn Past, layer));
-            x = block.forward(x, &self.config, layout, turns.as_ref(), cache);
+            let rows = rows.filter(|_| layer + 1 == self.blocks.len());
+            x = block.forward(x, &self.config, layout, turns.as_ref(), cache, rows);
         }
         if let Some(cache) = cache {
             cache.advance(layout.seq);
@@ -616,6 +623,8 @@ impl Block {
         always.into_iter().chain(&mut self.gate)
     }
 
+    /// What the block makes of `x`, `[tokens, hidden]`; of `rows` of it alone, if they are given: no
+    /// token sees the output of another one's last block, so that only those that are read need it.
     pub(crate) fn forward(
         &self,
         x: Tensor<2>,
@@ -623,16 +632,17 @@ impl Block {
         layout: &SeqLayout,
         turns: Option<&Turns>,
         cache: Option<(&mut dyn Past, usize)>,
+        rows: Option<&Tensor<1, Int>>,
     ) -> Tensor<2> {
+        let of_rows = |x: Tensor<2>| match rows {
+            Some(rows) => x.select(0, rows.clone()),
+            None => x,
+        };
         // Norms, and what blocks add up, are in f32 whatever the products are computed in.
-        let attended = self.attention(
-            self.attn_norm.forward(x.clone()),
-            config,
-            layout,
-            turns,
-            cache,
-        );
-        let attended = attended.cast(FloatDType::F32);
+        let normed = self.attn_norm.forward(x.clone());
+        let mixed = self.attention(normed, config, layout, turns, cache);
+        let attended = self.output.forward(of_rows(mixed)).cast(FloatDType::F32);
+        let x = of_rows(x);
         let mlp = |x: Tensor<2>| {
             let fed = self.mlp(self.mlp_norm.forward(x), config.mlp);
             fed.cast(FloatDType::F32)
@@ -670,7 +680,7 @@ impl Block {
             keys: config.n_kv_heads,
             width: config.head_dim,
         };
-        let mixed = match &layout.sight {
+        match &layout.sight {
             Sight::Within(spans) => ops::attention(qkv, heads, spans, turns),
             Sight::Past(hidden) => {
                 let (batch, seq, width) = (layout.batch, layout.seq, heads.width);
@@ -689,8 +699,7 @@ impl Block {
                 let (key, value) = cache.append(layer, key, value);
                 ops::attend(query, key, value, hidden.clone())
             }
-        };
-        self.output.forward(mixed)
+        }
     }
 
     /// Queries, keys and values of each row of `x`, side by side.

@@ -37,6 +37,8 @@ use crate::trainable::trained_from;
 pub struct Checkpointed {
     ids: Tensor<2, Int>,
     layout: SeqLayout,
+    /// The tokens whose hidden states are read of the last block.
+    sources: Tensor<1, Int>,
     /// The first block that a gradient must reach.
     first: usize,
     /// Whether one must reach the embedding.
@@ -66,13 +68,15 @@ impl Transformer {
             if layer >= first {
                 inputs.push(x.clone());
             }
-            x = block.forward(x, self.config(), &layout, turns.as_ref(), None);
+            let rows = (layer + 1 == plain.blocks.len()).then_some(&sources);
+            x = block.forward(x, self.config(), &layout, turns.as_ref(), None, rows);
         }
         let top = x.detach().require_grad();
-        let hidden = self.normalised(top.clone()).select(0, sources);
+        let hidden = self.normalised(top.clone());
         Checkpointed {
             ids,
             layout,
+            sources,
             first,
             embedding,
             inputs,
@@ -113,13 +117,14 @@ impl Checkpointed {
             if goes_on {
                 x = x.require_grad();
             }
-            let block = &model.blocks[self.first + index];
-            let y = block.forward(
+            let layer = self.first + index;
+            let y = model.blocks[layer].forward(
                 x.clone(),
                 model.config(),
                 &self.layout,
                 turns.as_ref(),
                 None,
+                (layer + 1 == model.blocks.len()).then_some(&self.sources),
             );
             let mut gradients = (y * Tensor::from_inner(above)).sum().backward();
             signal = x.grad_remove(&mut gradients);
