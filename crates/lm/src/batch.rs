@@ -291,7 +291,7 @@ impl Transformer {
     ///
     /// [`Transformer::head`] makes logits of them, a few rows at a time where all would not fit.
     pub fn completion_hidden(&self, batch: &CompletionBatch) -> Tensor<2> {
-        self.hidden_of(&batch.sources, batch.ids.clone(), &batch.layout)
+        self.run(batch.ids.clone(), &batch.layout, None, Some(&batch.sources))
     }
 }
 

@@ -260,16 +260,6 @@ impl Transformer {
         self.run(ids, &layout, None, None)
     }
 
-    /// Hidden states, `[n, hidden]`, of `rows` of the tokens that lie as `layout` says.
-    pub(crate) fn hidden_of(
-        &self,
-        rows: &Tensor<1, Int>,
-        ids: Tensor<2, Int>,
-        layout: &SeqLayout,
-    ) -> Tensor<2> {
-        self.run(ids, layout, None, Some(rows))
-    }
-
     /// Logits of the next token, `[rows, vocab]`, of hidden states `[rows, hidden]`.
     ///
     /// In f32, whatever the products are computed in.
@@ -307,6 +297,8 @@ impl Transformer {
         self.run(ids, layout, Some(cache), None)
     }
 
+    /// Hidden states of tokens that lie as `layout` says, `[batch * seq, hidden]`; of `rows` of them
+    /// alone, `[n, hidden]`, if they are given.
     pub(crate) fn run(
         &self,
         ids: Tensor<2, Int>,
@@ -316,18 +308,30 @@ impl Transformer {
     ) -> Tensor<2> {
         let turns = self.turns(layout);
         let mut x = self.embedded(ids, layout);
-        for (layer, block) in self.blocks.iter().enumerate() {
+        for layer in 0..self.blocks.len() {
             // The cast shortens the borrow of the trait object to this turn of the loop.
-            let cache = cache
-                .as_mut()
-                .map(|cache| (&mut **cache as &mut dyn Past, layer));
-            let rows = rows.filter(|_| layer + 1 == self.blocks.len());
-            x = block.forward(x, &self.config, layout, turns.as_ref(), cache, rows);
+            let cache = cache.as_mut().map(|cache| &mut **cache as &mut dyn Past);
+            x = self.layer(layer, x, layout, turns.as_ref(), cache, rows);
         }
         if let Some(cache) = cache {
             cache.advance(layout.seq);
         }
         self.normalised(x)
+    }
+
+    /// What a layer makes of `x`, `[tokens, hidden]`; the last one, of `rows` of it alone.
+    pub(crate) fn layer(
+        &self,
+        layer: usize,
+        x: Tensor<2>,
+        layout: &SeqLayout,
+        turns: Option<&Turns>,
+        cache: Option<&mut dyn Past>,
+        rows: Option<&Tensor<1, Int>>,
+    ) -> Tensor<2> {
+        let rows = rows.filter(|_| layer + 1 == self.blocks.len());
+        let cache = cache.map(|cache| (cache, layer));
+        self.blocks[layer].forward(x, &self.config, layout, turns, cache, rows)
     }
 
     /// What the first block reads, `[batch * seq, hidden]`.
@@ -625,7 +629,7 @@ impl Block {
 
     /// What the block makes of `x`, `[tokens, hidden]`; of `rows` of it alone, if they are given: no
     /// token sees the output of another one's last block, so that only those that are read need it.
-    pub(crate) fn forward(
+    fn forward(
         &self,
         x: Tensor<2>,
         config: &ModelConfig,

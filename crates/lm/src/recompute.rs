@@ -64,12 +64,11 @@ impl Transformer {
         let (first, embedding) = trained_from(&self.parameter_list(), self.config().n_layers);
         let mut x = plain.embedded(ids.clone(), &layout);
         let mut inputs = Vec::new();
-        for (layer, block) in plain.blocks.iter().enumerate() {
+        for layer in 0..plain.blocks.len() {
             if layer >= first {
                 inputs.push(x.clone());
             }
-            let rows = (layer + 1 == plain.blocks.len()).then_some(&sources);
-            x = block.forward(x, self.config(), &layout, turns.as_ref(), None, rows);
+            x = plain.layer(layer, x, &layout, turns.as_ref(), None, Some(&sources));
         }
         let top = x.detach().require_grad();
         let hidden = self.normalised(top.clone());
@@ -117,15 +116,8 @@ impl Checkpointed {
             if goes_on {
                 x = x.require_grad();
             }
-            let layer = self.first + index;
-            let y = model.blocks[layer].forward(
-                x.clone(),
-                model.config(),
-                &self.layout,
-                turns.as_ref(),
-                None,
-                (layer + 1 == model.blocks.len()).then_some(&self.sources),
-            );
+            let (layer, rows) = (self.first + index, Some(&self.sources));
+            let y = model.layer(layer, x.clone(), &self.layout, turns.as_ref(), None, rows);
             let mut gradients = (y * Tensor::from_inner(above)).sum().backward();
             signal = x.grad_remove(&mut gradients);
             each(gradients);

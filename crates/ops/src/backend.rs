@@ -93,6 +93,11 @@ pub trait Ops: Backend {
         composed::adamw::<Self>(value, grad, (first, second), step)
     }
 
+    /// [`accumulate`](crate::accumulate).
+    fn accumulate(sum: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
+        composed::accumulate::<Self>(sum, x)
+    }
+
     /// The sum of the squares, `[1]`.
     fn sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
         composed::sum_of_squares::<Self>(x)

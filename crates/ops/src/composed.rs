@@ -84,6 +84,10 @@ pub(crate) fn project_backward_weight<B: Backend>(
     B::float_matmul(B::float_swap_dims(x, 0, 1), grad)
 }
 
+pub(crate) fn accumulate<B: Backend>(sum: FloatTensor<B>, x: FloatTensor<B>) -> FloatTensor<B> {
+    B::float_add(sum, x)
+}
+
 pub(crate) fn sum_of_squares<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
     let n = x.shape().num_elements();
     let x = B::float_reshape(x, Shape::new([n]));

@@ -190,6 +190,20 @@ pub fn adamw<const D: usize>(
     (Tensor::from_dispatch(value), moments)
 }
 
+/// `sum + x`, of tensors without a graph and of one shape; in place of `sum` if nobody else holds it.
+///
+/// # Panics
+///
+/// If the shapes differ.
+pub fn accumulate<const D: usize>(sum: Tensor<D>, x: Tensor<D>) -> Tensor<D> {
+    assert_eq!(sum.dims(), x.dims(), "a number to add to each");
+    if !FUSED {
+        return sum + x;
+    }
+    let (sum, x) = (sum.into_dispatch(), x.into_dispatch());
+    Tensor::from_dispatch(Dispatch::accumulate(sum, x))
+}
+
 /// The sum of the squares of all numbers, `[1]`.
 pub fn sum_of_squares<const D: usize>(x: Tensor<D>) -> Tensor<1> {
     if FUSED {

@@ -269,6 +269,23 @@ proptest! {
         let squares = |dtype| numbers(ops::sum_of_squares(tensor(&inputs[0], dtype)));
         prop_assert!(gap(&squares(DType::F32), &squares(DType::F64)) < F32_TOLERANCE);
     }
+
+    #[test]
+    fn a_sum_in_place_is_the_sum(n in 1..40_000usize, turned: bool, seed in 0u64..1000) {
+        let inputs = [0, 1].map(|i| noise(seed + i, [2, n], 1.0));
+        let run = |dtype| {
+            let [sum, x] = [0, 1].map(|i| tensor(&inputs[i], dtype));
+            // However they lie, and whoever else holds them.
+            let (sum, x) = if turned { (sum.transpose(), x.transpose()) } else { (sum, x) };
+            let kept = sum.clone();
+            let before = numbers(kept.clone());
+            let summed = numbers(ops::accumulate(sum, x));
+            assert_eq!(numbers(kept), before);
+            summed
+        };
+        // One addition of each, in order.
+        prop_assert!(gap(&run(DType::F32), &run(DType::F64)) < F32_TOLERANCE);
+    }
 }
 
 /// The head against the softmax of its logits, in f64, and the gradients of the logps.

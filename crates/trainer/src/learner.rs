@@ -132,13 +132,14 @@ impl Learner {
     ) -> StepOutcome {
         assert!(n > 0, "a step has micro-batches");
         let share = 1.0 / n as f64;
+        let workers = self.workers.clone();
         let mut gradients = FlatGradients::default();
         let mut metrics: Vec<(&'static str, f64, u32)> = Vec::new();
         let mut micro_losses = Vec::with_capacity(n);
         let mut n_tokens = 0;
         self.each_backward(n, micro, |result| {
             n_tokens += result.n_tokens;
-            gradients.add(result.gradients, share);
+            workers.run(|| gradients.add(result.gradients));
             micro_losses.push(f64::from(result.values[0]));
             if metrics.is_empty() {
                 metrics = result.names.iter().map(|&name| (name, 0.0, 0)).collect();
@@ -157,11 +158,11 @@ impl Learner {
             .collect();
         let loss = micro_losses.iter().sum::<f64>() * share;
         let (model, optimizer) = (&mut self.model, &mut self.optimizer);
-        let (grad_norm, updated) = self.workers.run(|| {
-            let grad_norm = gradients.norm();
+        let (grad_norm, updated) = workers.run(|| {
+            let grad_norm = share * gradients.norm();
             let updated = loss.is_finite() && grad_norm.is_finite();
             if updated {
-                *model = optimizer.step(model.clone(), gradients, grad_norm, learning_rate);
+                *model = optimizer.step(model.clone(), gradients, share, grad_norm, learning_rate);
             }
             (grad_norm, updated)
         });
@@ -251,7 +252,7 @@ fn backward(model: &Transformer, batch: MicroBatch) -> Backward {
         Some(checkpointed) => {
             let mut sum = FlatGradients::default();
             checkpointed.backward(model, &batch.loss, |part| {
-                sum.add(FlatGradients::take(part, model), 1.0);
+                sum.add(FlatGradients::take(part, model));
             });
             sum
         }

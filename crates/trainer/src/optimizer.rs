@@ -31,16 +31,11 @@ impl FlatGradients {
         visitor.taken
     }
 
-    /// Adds other gradients, each times `scale`.
-    pub fn add(&mut self, other: Self, scale: f64) {
+    /// Adds other gradients.
+    pub fn add(&mut self, other: Self) {
         for (path, gradient) in other.by_path {
-            let gradient = if (scale - 1.0).abs() > f64::EPSILON {
-                gradient.mul_scalar(scale)
-            } else {
-                gradient
-            };
             let sum = match self.by_path.remove(&path) {
-                Some(old) => old + gradient,
+                Some(old) => ops::accumulate(old, gradient),
                 None => gradient,
             };
             self.by_path.insert(path, sum);
@@ -76,11 +71,6 @@ impl FlatGradients {
             .try_into_vec_as()
             .expect("gradients of a working device can be read");
         squares.iter().map(|&x| f64::from(x)).sum::<f64>().sqrt()
-    }
-
-    /// The gradient of the parameter at `path`, flattened, if it has one.
-    pub fn get(&self, path: &str) -> Option<&Tensor<1>> {
-        self.by_path.get(path)
     }
 }
 
@@ -136,20 +126,23 @@ impl AdamW {
         }
     }
 
-    /// Updates the model; `norm` is the gradients' global norm, which is clipped first.
+    /// Updates the model by `share` of the gradients, whose global norm `norm` is clipped first.
+    ///
+    /// A mean of gradients is a share of their sum, and so costs no pass of its own.
     pub fn step(
         &mut self,
         model: Transformer,
         gradients: FlatGradients,
+        share: f64,
         norm: f64,
         learning_rate: f64,
     ) -> Transformer {
         self.steps += 1;
         // Added to the norm as in PyTorch, so that a zero gradient divides by no zero.
         const CLIP_EPSILON: f64 = 1e-6;
-        let mut grad_scale = 1.0;
+        let mut grad_scale = share;
         if self.max_grad_norm > 0.0 {
-            grad_scale = (self.max_grad_norm / (norm + CLIP_EPSILON)).min(1.0);
+            grad_scale *= (self.max_grad_norm / (norm + CLIP_EPSILON)).min(1.0);
         }
         let mut mapper = Update {
             path: Vec::new(),

@@ -1,4 +1,4 @@
-//! AdamW in one pass, and the norm it is clipped by.
+//! AdamW in one pass, the sum of gradients before it, and the norm they are clipped by.
 
 use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
@@ -6,6 +6,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::PIECE;
+use super::linear::Add;
 use super::memory::{own, values};
 use super::norm::dot;
 use crate::AdamWStep;
@@ -36,6 +37,17 @@ pub(super) fn adamw(
             });
         });
     (value, first, second)
+}
+
+/// `sum + x`, where `sum` stands if nobody else holds it.
+pub(super) fn accumulate(sum: FlexTensor, x: &FlexTensor) -> FlexTensor {
+    let (mut sum, x) = (own(sum), x.to_contiguous());
+    let rows = values(&x).par_chunks(PIECE);
+    let sums = sum.storage_mut::<f32>().par_chunks_mut(PIECE);
+    sums.zip(rows).for_each(|(sums, row)| {
+        Arch::new().dispatch(Add { sums, row });
+    });
+    sum
 }
 
 /// `Σ x²`, in f64 from piece to piece.

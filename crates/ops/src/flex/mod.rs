@@ -161,6 +161,13 @@ impl Ops for Flex {
         adamw::adamw(value, &grad, (first, second), step)
     }
 
+    fn accumulate(sum: FloatTensor<Self>, x: FloatTensor<Self>) -> FloatTensor<Self> {
+        if sum.dtype() != DType::F32 {
+            return composed::accumulate::<Self>(sum, x);
+        }
+        adamw::accumulate(sum, &x)
+    }
+
     fn sum_of_squares(x: FloatTensor<Self>) -> FloatTensor<Self> {
         if x.dtype() != DType::F32 {
             return composed::sum_of_squares::<Self>(x);

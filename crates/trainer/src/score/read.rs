@@ -1,5 +1,7 @@
 //! Batches through both models, a tile of logits at a time.
 
+use std::ops::RangeInclusive;
+
 use burn::tensor::{Int, Tensor, TensorData};
 use implicit_reward::{ReadoutError, TokenReadout, read_logits};
 use lm::{CompletionBatch, Transformer};
@@ -7,9 +9,11 @@ use lm::{CompletionBatch, Transformer};
 use super::rows::Item;
 use crate::error::TrainError;
 
-/// Rows of logits that exist at a time: enough for the matrix product to be more than a reading of
-/// its weights, and few enough that those of a small vocabulary stay in the caches.
-const TILE_ROWS: usize = 64;
+/// Logits of a model that exist at a time, about: 16 MB.
+const TILE_LOGITS: usize = 1 << 22;
+/// Rows of them: enough for the matrix product to be more than a reading of its weights, and no more
+/// than where more of them are no faster.
+const TILE_ROWS: RangeInclusive<usize> = 64..=256;
 
 /// What is read of a row: for each completion, for each token, its readout if it has one.
 pub(super) type RowReadouts = Vec<Vec<Option<TokenReadout>>>;
@@ -146,9 +150,10 @@ impl Models {
             }
         };
         let (policy, reference) = (hidden(&self.policy), hidden(&self.reference));
-        for (tile, wanted) in laid.wanted.chunks(TILE_ROWS).enumerate() {
-            let part =
-                |hidden: &Tensor<2>| hidden.clone().narrow(0, tile * TILE_ROWS, wanted.len());
+        let rows = TILE_LOGITS / self.policy.config().vocab_size;
+        let rows = rows.clamp(*TILE_ROWS.start(), *TILE_ROWS.end());
+        for (tile, wanted) in laid.wanted.chunks(rows).enumerate() {
+            let part = |hidden: &Tensor<2>| hidden.clone().narrow(0, tile * rows, wanted.len());
             let policy = self.policy.head(part(&policy));
             take(wanted, policy, self.reference.head(part(&reference)))?;
         }
