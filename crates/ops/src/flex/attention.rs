@@ -218,29 +218,26 @@ impl Task<'_> {
         ]
     }
 
-    /// A head of a token of the family.
-    fn head(&self, token: usize, first_column: usize) -> &[f32] {
-        let place = self.family.tokens().start + token;
-        &self.qkv[place * self.heads.joined() + first_column..][..self.heads.width]
+    /// A head of some tokens of the family.
+    fn head(&self, tokens: Range<usize>, first_column: usize) -> Matrix<'_> {
+        let step = self.heads.joined();
+        let first = (self.family.tokens().start + tokens.start) * step + first_column;
+        Matrix::strided(&self.qkv[first..], tokens.len(), self.heads.width, step)
     }
 
     /// Values of some tokens.
     fn values(&self, tokens: Range<usize>) -> Matrix<'_> {
         let [_, _, values] = self.columns();
-        let step = self.heads.joined();
-        let first = (self.family.tokens().start + tokens.start) * step + values.start;
-        Matrix::strided(&self.qkv[first..], tokens.len(), self.heads.width, step)
+        self.head(tokens, values.start)
     }
 
     /// Copies a head of some tokens, turned by their positions and scaled.
     fn load(&self, tokens: Range<usize>, first_column: usize, scale: f32, out: &mut Vec<f32>) {
         let width = self.heads.width;
-        let start = self.family.tokens().start;
         out.resize(tokens.len() * width, 0.0);
-        for (token, out) in tokens.zip(out.chunks_exact_mut(width)) {
-            let x = self.head(token, first_column);
-            self.turn(start + token, x, out, (1.0, scale));
-        }
+        let out = rows_of(out, 0..tokens.len(), width);
+        let x = self.head(tokens.clone(), first_column);
+        self.turn(tokens, x, out, (1.0, scale));
     }
 
     /// Scores of a block and, from them, its weights.
@@ -296,7 +293,7 @@ impl Task<'_> {
         let width = self.heads.width;
         let tokens = 0..self.family.tokens().len();
         let start = self.family.tokens().start;
-        let [for_queries, mut for_keys, mut for_values] = out;
+        let [for_queries, for_keys, mut for_values] = out;
         let [_, key_columns, _] = self.columns();
         self.load(tokens.clone(), key_columns.start, 1.0, &mut scratch.keys);
         for sums in [&mut scratch.for_keys, &mut scratch.for_values] {
@@ -344,29 +341,23 @@ impl Task<'_> {
                 product(out, Into::Sum, for_scores.transposed(), queries);
             }
             let first = (block.query_head - self.key_head * self.heads.groups()) * width;
-            let mut out = part(for_queries, block.queries.clone(), first..first + width);
-            for (row, grad) in scratch.for_queries.chunks_exact(width).enumerate() {
-                let place = start + block.queries.start + row;
-                self.turn(place, grad, out.row(row), (-1.0, scale));
-            }
+            let out = part(for_queries, block.queries.clone(), first..first + width);
+            let grad = Matrix::new(&scratch.for_queries, n, width);
+            self.turn(block.queries, grad, out, (-1.0, scale));
         }
-        for token in tokens {
-            let place = token * width..(token + 1) * width;
-            let grad = &scratch.for_keys[place.clone()];
-            self.turn(start + token, grad, for_keys.row(token), (-1.0, 1.0));
-            let values = &scratch.for_values[place];
-            for_values.row(token).copy_from_slice(values);
+        for (row, values) in scratch.for_values.chunks_exact(width).enumerate() {
+            for_values.row(row).copy_from_slice(values);
         }
+        let grad = Matrix::new(&scratch.for_keys, tokens.len(), width);
+        self.turn(tokens, grad, for_keys, (-1.0, 1.0));
     }
 
-    /// Turns a head by the position of the token at a flat place, back if `way` is -1, and scales it.
-    fn turn(&self, place: usize, x: &[f32], out: &mut [f32], (way, scale): (f32, f32)) {
-        let (cos, sin) = self
-            .turns
-            .map_or((&[][..], &[][..]), |turns| turns.of(place));
+    /// Turns a head of some tokens of the family by their positions, back if `way` is -1, and scales
+    /// it.
+    fn turn(&self, tokens: Range<usize>, x: Matrix<'_>, out: Window, (way, scale): (f32, f32)) {
         Arch::new().dispatch(Turn {
-            cos,
-            sin,
+            turns: self.turns,
+            first: self.family.tokens().start + tokens.start,
             x,
             out,
             way,
@@ -375,12 +366,14 @@ impl Task<'_> {
     }
 }
 
+/// Many rows in one call: a row is too short for a call of its own.
 struct Turn<'a> {
-    /// A number for each pair of dimensions that is turned.
-    cos: &'a [f32],
-    sin: &'a [f32],
-    x: &'a [f32],
-    out: &'a mut [f32],
+    turns: Option<&'a Turns>,
+    /// Flat place of the first token.
+    first: usize,
+    /// `[tokens, width]`.
+    x: Matrix<'a>,
+    out: Window,
     way: f32,
     scale: f32,
 }
@@ -389,21 +382,44 @@ impl WithSimd for Turn<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _simd: S) {
-        let half = self.cos.len();
-        let (x, x_rest) = self.x.split_at(2 * half);
-        let (out, out_rest) = self.out.split_at_mut(2 * half);
-        for (out, x) in out_rest.iter_mut().zip(x_rest) {
-            *out = x * self.scale;
-        }
-        let (x1, x2) = x.split_at(half);
-        let (out1, out2) = out.split_at_mut(half);
-        let out = out1.iter_mut().zip(out2);
-        let turns = self.cos.iter().zip(self.sin);
-        for ((out1, out2), ((x1, x2), (cos, sin))) in out.zip(x1.iter().zip(x2).zip(turns)) {
-            let (cos, sin) = (cos * self.scale, sin * self.way * self.scale);
-            *out1 = x1 * cos - x2 * sin;
-            *out2 = x2 * cos + x1 * sin;
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let (cos_scale, sin_scale) = (self.scale, self.way * self.scale);
+        for row in 0..self.x.rows {
+            let x = &self.x.values[row * self.x.row_step..][..self.x.columns];
+            let out = self.out.row(row);
+            let (cos, sin) = match self.turns {
+                Some(turns) => turns.of(self.first + row),
+                None => (&[][..], &[][..]),
+            };
+            let half = cos.len();
+            let (x, x_rest) = x.split_at(2 * half);
+            let (out, out_rest) = out.split_at_mut(2 * half);
+            for (out, x) in out_rest.iter_mut().zip(x_rest) {
+                *out = x * self.scale;
+            }
+            let (x1, x2) = x.split_at(half);
+            let (out1, out2) = out.split_at_mut(half);
+            let lanes = [cos, sin, x1, x2].map(S::as_simd_f32s);
+            let [
+                (cos, cos_rest),
+                (sin, sin_rest),
+                (x1, x1_rest),
+                (x2, x2_rest),
+            ] = lanes;
+            let (out1, out1_rest) = S::as_mut_simd_f32s(out1);
+            let (out2, out2_rest) = S::as_mut_simd_f32s(out2);
+            for (at, (out1, out2)) in out1.iter_mut().zip(out2).enumerate() {
+                let cos = simd.mul_f32s(cos[at], simd.splat_f32s(cos_scale));
+                let sin = simd.mul_f32s(sin[at], simd.splat_f32s(sin_scale));
+                let (x1, x2) = (x1[at], x2[at]);
+                *out1 = simd.sub_f32s(simd.mul_f32s(x1, cos), simd.mul_f32s(x2, sin));
+                *out2 = simd.add_f32s(simd.mul_f32s(x2, cos), simd.mul_f32s(x1, sin));
+            }
+            for (at, (out1, out2)) in out1_rest.iter_mut().zip(out2_rest).enumerate() {
+                let (cos, sin) = (cos_rest[at] * cos_scale, sin_rest[at] * sin_scale);
+                *out1 = x1_rest[at] * cos - x2_rest[at] * sin;
+                *out2 = x2_rest[at] * cos + x1_rest[at] * sin;
+            }
         }
     }
 }
