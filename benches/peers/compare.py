@@ -24,6 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
+BESIDE = ["loop", "apart", "trl"]
 SHAPES = {
     "small": dict(hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8,
                   intermediate_size=688, vocab_size=4096, tie_word_embeddings=False),
@@ -161,9 +162,11 @@ class Bench:
         pairs = [[ids(args.prompt), *(ids(args.completion - 1) + [EOS] for _ in range(2))] for _ in range(args.pairs)]
         task = ["--model", self.model(shape), "--pairs", self.write("pairs.json", pairs), "--beta", BETA,
                 "--learning-rate", LEARNING_RATE, "--warm-up", 2, *self.precision()]
-        r2q = self.r2q("train", *task, "--workers", args.workers)
-        commands = {"r2q": r2q, "PyTorch loop": self.python("peer_train.py", "loop", *task),
-                    "r2q, prompts apart": [*r2q, "--unshared"], "TRL": self.python("peer_train.py", "trl", *task)}
+        r2q = self.r2q("train", *task, "--workers", args.workers, "--parts", args.parts)
+        beside = {"loop": ("PyTorch loop", self.python("peer_train.py", "loop", *task)),
+                  "apart": ("r2q, prompts apart", [*r2q, "--unshared"]),
+                  "trl": ("TRL", self.python("peer_train.py", "trl", *task))}
+        commands = {"r2q": r2q, **dict(command for who, command in beside.items() if who in args.beside)}
         name = f"{args.pairs} pairs of {args.prompt} + {args.completion} tokens"
         shared = {"r2q"}
         flops = {who: useful_flops(SHAPES[shape], args, who in shared) for who in commands}
@@ -349,12 +352,16 @@ def main():
     parser.add_argument("--model", type=Path, action="append", default=[],
                         help="decode with the model of this Hugging Face folder too")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small", "large"], help="shapes to train")
+    parser.add_argument("--beside", nargs="+", choices=BESIDE, default=BESIDE,
+                        help="what trains beside r2q; all are in memory at once")
     parser.add_argument("--pairs", type=int, default=8, help="pairs of a training step")
     parser.add_argument("--prompt", type=int, default=96, help="tokens of a pair's prompt")
     parser.add_argument("--completion", type=int, default=96, help="tokens of each completion of a pair")
     parser.add_argument("--workers", type=int,
                         help="parts of a step that r2q computes side by side (the recipes' key `workers`); on a CPU one "
                              "for each thread, if the pairs can be divided so")
+    parser.add_argument("--parts", type=int,
+                        help="parts of a step in all, as the recipes' key `accumulation`: more than workers take less memory")
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parser.add_argument("--tables", type=Path, metavar="FILE", help="only print the tables of such a file")
     parser.add_argument("--program", help="r2q's side, if it is not to be built")
@@ -363,6 +370,7 @@ def main():
         parser.error(f"unknown suite `{unknown.pop()}`; there are decode and train")
     if args.workers is None:
         args.workers = math.gcd(args.threads, args.pairs) if args.device == "cpu" else 1
+    args.parts = args.parts or args.workers
     suites = args.suites or ["decode", "train"]
     if args.tables:
         results = json.loads(args.tables.read_text())

@@ -8,7 +8,7 @@ use anyhow::ensure;
 use burn::tensor::Device;
 use clap::Args;
 use dpo_loss::{Beta, Objectives};
-use lm::{CompletionBatch, Transformer};
+use lm::CompletionBatch;
 use serde_json::json;
 use trainer::{
     Activations, AdamW, Learner, OptimizerRecipe, Workers, pair_logps, preference_micro_batch,
@@ -28,6 +28,9 @@ pub(crate) struct Train {
     /// Parts of the step that are computed side by side, each on one thread.
     #[arg(long, default_value_t = 1)]
     workers: usize,
+    /// Parts of the step in all, of which the others wait; by default as many as workers.
+    #[arg(long)]
+    parts: Option<usize>,
     #[arg(long)]
     beta: f64,
     #[arg(long)]
@@ -49,14 +52,15 @@ pub(crate) fn serve(case: &Train) -> anyhow::Result<()> {
     let model = crate::decode::read_model(&case.model, &case.device, case.precision)?;
     let device = model.device();
     let pairs: Vec<Pair> = crate::read_json(&case.pairs)?;
+    let n_parts = case.parts.unwrap_or(case.workers);
     ensure!(
-        case.workers > 0 && !pairs.is_empty() && pairs.len().is_multiple_of(case.workers),
-        "expected a multiple of {} pairs, got {}",
-        case.workers,
+        n_parts > 0 && !pairs.is_empty() && pairs.len().is_multiple_of(n_parts),
+        "expected a multiple of {n_parts} pairs, got {}",
         pairs.len()
     );
-    let parts: Vec<&[Pair]> = pairs.chunks(pairs.len() / case.workers).collect();
-    let batch = |part: &[Pair]| batch(part, case.unshared, &model, &device);
+    let parts: Vec<&[Pair]> = pairs.chunks(pairs.len() / n_parts).collect();
+    let hidden_size = model.config().hidden_size;
+    let batch = |part: &[Pair]| batch(part, case.unshared, hidden_size, &device);
     // By part: of the chosen completions, then of the rejected ones.
     let reference: Vec<Vec<f32>> = parts
         .iter()
@@ -76,7 +80,8 @@ pub(crate) fn serve(case: &Train) -> anyhow::Result<()> {
         ..OptimizerRecipe::default()
     };
     let (objectives, beta) = (Objectives::default(), Beta::new(case.beta)?);
-    let mut learner = Learner::new(model.clone(), AdamW::new(&optimizer))
+    // Nothing else holds the weights: their logps are all that is needed of the reference.
+    let mut learner = Learner::new(model, AdamW::new(&optimizer))
         .with_workers(Workers::on(&device, case.workers));
     crate::serve(&json!({}), case.warm_up, || {
         let began = Instant::now();
@@ -101,7 +106,7 @@ pub(crate) fn serve(case: &Train) -> anyhow::Result<()> {
     })
 }
 
-fn batch(pairs: &[Pair], unshared: bool, model: &Transformer, device: &Device) -> CompletionBatch {
+fn batch(pairs: &[Pair], unshared: bool, hidden_size: usize, device: &Device) -> CompletionBatch {
     if unshared {
         let chosen = pairs.iter().map(|(prompt, c, _)| (&prompt[..], &c[..]));
         let rejected = pairs.iter().map(|(prompt, _, r)| (&prompt[..], &r[..]));
@@ -111,6 +116,6 @@ fn batch(pairs: &[Pair], unshared: bool, model: &Transformer, device: &Device) -
             .iter()
             .map(|(p, c, r)| (&p[..], &c[..], &r[..]))
             .collect();
-        CompletionBatch::for_pairs(&pairs, model.config().hidden_size, device)
+        CompletionBatch::for_pairs(&pairs, hidden_size, device)
     }
 }

@@ -194,13 +194,17 @@ impl Learner {
             let one = |index| self.workers.run(|| backward(model, micro(model, index)));
             return (0..n).for_each(|index| take(one(index)));
         }
-        let results = self.workers.map(n, |index| {
-            // A graph of its own for each thread: leaves that two graphs share would tie their
-            // backward passes to one lock.
-            let model = model.valid().train();
-            backward(&model, micro(&model, index))
-        });
-        results.into_iter().for_each(take);
+        // As many at a time as there are workers: no more gradients than that wait to be added up.
+        for first in (0..n).step_by(self.workers.count()) {
+            let count = self.workers.count().min(n - first);
+            let results = self.workers.map(count, |index| {
+                // A graph of its own for each thread: leaves that two graphs share would tie their
+                // backward passes to one lock.
+                let model = model.valid().train();
+                backward(&model, micro(&model, first + index))
+            });
+            results.into_iter().for_each(&mut take);
+        }
     }
 
     /// [`Learner::each_backward`] where each device takes one micro-batch at a time.
