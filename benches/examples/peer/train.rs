@@ -53,6 +53,7 @@ pub(crate) fn serve(case: &Train) -> anyhow::Result<()> {
     let device = model.device();
     let pairs: Vec<Pair> = crate::read_json(&case.pairs)?;
     let n_parts = case.parts.unwrap_or(case.workers);
+    ensure!(case.workers > 0, "expected at least one worker, got none");
     ensure!(
         n_parts > 0 && !pairs.is_empty() && pairs.len().is_multiple_of(n_parts),
         "expected a multiple of {n_parts} pairs, got {}",
