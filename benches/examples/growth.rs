@@ -210,12 +210,14 @@ fn operations(shape: &LlamaShape, n: usize) -> [f64; 2] {
     let (width, layers) = (shape.hidden_size, shape.n_layers);
     let keys_and_values = 2 * width * width;
     let rest = 2 * width * width + 3 * width * shape.intermediate_size;
-    let read = 2 * completion;
-    let tokens = prompt + read;
+    // A completion's last token predicts nothing, and is not read.
+    let (read, behind) = (2 * completion, 2 * (completion - 1));
+    let tokens = prompt + behind;
     let blocks = layers * keys_and_values * tokens + rest * ((layers - 1) * tokens + read);
     let products = 2 * (blocks + width * shape.vocab_size * read);
     let seen = (layers - 1) * prompt * (prompt + 1) / 2
-        + layers * (read * prompt + completion * (completion + 1));
+        + prompt
+        + layers * behind * (2 * prompt + completion) / 2;
     let attention = 4 * width * seen;
     // Once forward and twice backward.
     [products, attention].map(|once| 3.0 * once as f64)

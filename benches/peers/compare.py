@@ -195,17 +195,17 @@ def useful_flops(shape, args, shared):
     """Operations that a step cannot do without: two for each weight of a matrix and each token that is multiplied with
     it, and four times the width for each token that a token attends to; all of it once forward and twice backward. The
     head counts for completion tokens alone, as does all of the last block but its keys and values; a shared prompt
-    once."""
+    once; and a completion's last token not at all, since it predicts nothing."""
     hidden, layers, heads = shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"]
     kv_width = hidden // heads * shape["num_key_value_heads"]
     keys_and_values = 2 * hidden * kv_width
     rest = 2 * hidden * hidden + 3 * hidden * shape["intermediate_size"]
     prompt, completion = args.prompt, args.completion
     prompts = 1 if shared else 2
-    read = 2 * completion
-    tokens = prompts * prompt + read
-    behind_prompt = read * (prompt + (completion + 1) / 2)
-    attended = (layers - 1) * (prompts * prompt * (prompt + 1) / 2) + layers * behind_prompt
+    read, behind = 2 * completion, 2 * (completion - 1)
+    tokens = prompts * prompt + behind
+    attended = (layers - 1) * (prompts * prompt * (prompt + 1) / 2) + prompts * prompt
+    attended += layers * behind * (prompt + completion / 2)
     forward = 2 * layers * keys_and_values * tokens + 2 * rest * ((layers - 1) * tokens + read)
     forward += 4 * hidden * attended
     forward += 2 * hidden * shape["vocab_size"] * read

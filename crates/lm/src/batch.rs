@@ -15,10 +15,11 @@ use crate::precision::Precision;
 /// is the same as from a row for each completion; only the work is less.
 ///
 /// Only completion tokens are predicted: the model's head runs on the positions before them and
-/// nowhere else. The first token of an empty prompt has nothing before it and is not predicted.
+/// nowhere else. The first token of an empty prompt has nothing before it and is not predicted; a
+/// completion's last token predicts nothing, and the model does not read it.
 #[derive(Clone, Debug)]
 pub struct CompletionBatch {
-    /// Token ids, `[rows, row_seq]`.
+    /// Token ids that the model reads, `[rows, row_seq]`.
     ids: Tensor<2, Int>,
     layout: SeqLayout,
     /// Completions, and tokens of the longest with its prompt: the shape of the table of logps.
@@ -100,9 +101,11 @@ impl CompletionBatch {
     }
 
     fn lay_out(rows: &[(&[u32], Vec<Numbered<'_>>)], device: &Device) -> Self {
+        // The last token of a completion is a target, and no input.
         let row_length = |(prompt, completions): &(&[u32], Vec<Numbered<'_>>)| {
-            let completions = completions.iter().map(|(_, tokens)| tokens.len());
-            prompt.len() + completions.sum::<usize>()
+            let completions = completions.iter();
+            let inputs = completions.map(|(_, tokens)| tokens.len().saturating_sub(1));
+            prompt.len() + inputs.sum::<usize>()
         };
         let packed = ops::packs(device);
         let (batch, row_seq) = if packed {
@@ -141,7 +144,10 @@ impl CompletionBatch {
             next = prompt_place.end;
             let mut places = Vec::with_capacity(completions.len());
             for &(number, completion) in completions {
-                let place = write(completion, next, prompt.len());
+                let inputs = completion
+                    .split_last()
+                    .map_or(&[][..], |(_, inputs)| inputs);
+                let place = write(inputs, next, prompt.len());
                 next = place.end;
                 for (index, &id) in completion.iter().enumerate() {
                     let before = match (index, prompt.len()) {
@@ -443,5 +449,27 @@ mod tests {
     fn the_first_token_of_an_empty_prompt_is_not_predicted() {
         let batch = CompletionBatch::new(&[(&[], &[5, 6, 1])], &Device::default());
         assert_eq!(batch.counts(), [2]);
+    }
+
+    #[test]
+    fn last_tokens_are_predicted_and_not_read() {
+        let (model, device) = (model(), Device::default());
+        let rows: [(&[u32], &[u32]); 4] =
+            [(&[], &[1]), (&[3], &[1]), (&[], &[5, 6, 1]), (&[4], &[])];
+        let batch = CompletionBatch::new(&rows, &device);
+        assert_eq!((batch.counts(), batch.n_tokens()), (&[0, 1, 2, 0][..], 7));
+        // On a CPU nothing is padded: 3, then 5 and 6, then 4.
+        let [_, read] = batch.ids.dims();
+        assert_eq!(read, 4);
+        let sums = |rows: &[(&[u32], &[u32])]| -> Vec<f32> {
+            let scored = model.score(&CompletionBatch::new(rows, &device), false);
+            scored.table.sums().try_into_vec_as().unwrap()
+        };
+        let together = sums(&rows);
+        for at in [1, 2] {
+            let gap = (sums(&rows[at..=at])[0] - together[at]).abs();
+            assert!(gap < ORDER_TOLERANCE, "{gap}");
+        }
+        assert_eq!((together[0], together[3]), (0.0, 0.0));
     }
 }

@@ -739,22 +739,20 @@ impl Block {
 }
 
 /// The outputs of several linear layers side by side.
-///
-/// For many rows their matrices are joined first: a product of one wide matrix reads the rows once,
-/// and its gradient is one product too, without a sum. The copy of the matrices costs about as much as
-/// a row of the product for each of its numbers that is moved, little beside a hundred rows.
 fn joined<const N: usize>(x: Tensor<2>, parts: [&Projection; N]) -> Tensor<2> {
-    const MANY: usize = 128;
-    if x.dims()[0] < MANY || parts.iter().any(|part| part.adapter.is_some()) {
+    if parts.iter().any(|part| part.adapter.is_some()) {
         let outputs = parts.map(|part| part.forward(x.clone()));
         return Tensor::cat(outputs.to_vec(), 1);
     }
     let dtype = parts[0].precision.dtype();
     let weights = parts.map(|part| part.weight.val().cast(dtype));
+    let out = ops::joined_linear(x.cast(dtype), &weights);
     let biases: Option<Vec<Tensor<1>>> = parts
         .iter()
         .map(|part| part.bias.as_ref().map(|bias| bias.val().cast(dtype)))
         .collect();
-    let bias = biases.map(|biases| Tensor::cat(biases, 0));
-    ops::linear(x.cast(dtype), Tensor::cat(weights.to_vec(), 1), bias)
+    match biases {
+        Some(biases) => out + Tensor::cat(biases, 0).unsqueeze(),
+        None => out,
+    }
 }

@@ -1,11 +1,11 @@
 //! Operations that only the processor has of its own. Elsewhere they are composed of tensor
 //! operations, whose gradients Burn knows.
 
-use burn::backend::autodiff::Autodiff;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops as Step, OpsKind, unary};
+use burn::backend::autodiff::{Autodiff, NodeId};
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{AutodiffBackend, Backend, Flex, backend_extension};
 
@@ -31,6 +31,21 @@ pub trait HostOps: Backend {
         targets: IntTensor<Self>,
         tied: bool,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// [`joined_linear`](crate::joined_linear) of two weights.
+    fn project_two(
+        x: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// [`joined_linear`](crate::joined_linear) of three weights.
+    fn project_three(
+        x: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        third: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
 }
 
 impl HostOps for Flex {
@@ -51,6 +66,23 @@ impl HostOps for Flex {
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let (logps, stats, _) = flex::head(&hidden, &weight, tied, &targets, false);
         (logps, stats)
+    }
+
+    fn project_two(
+        x: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        flex::joined(&x, &[first, second])
+    }
+
+    fn project_three(
+        x: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        third: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        flex::joined(&x, &[first, second, third])
     }
 }
 
@@ -114,6 +146,50 @@ impl Backward<Flex, 2> for Head {
     }
 }
 
+#[derive(Debug)]
+struct Joined;
+
+/// Input and weights.
+type JoinedState<const N: usize> = (FloatTensor<Flex>, [FloatTensor<Flex>; N]);
+
+impl Backward<Flex, 3> for Joined {
+    type State = JoinedState<2>;
+
+    fn backward(self, step: Step<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<Flex>(&step.node);
+        let [x, parents @ ..] = step.parents.map(|parent| parent.map(|parent| parent.id));
+        joined_backward(grads, x, parents, &step.state, &grad);
+    }
+}
+
+impl Backward<Flex, 4> for Joined {
+    type State = JoinedState<3>;
+
+    fn backward(self, step: Step<Self::State, 4>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<Flex>(&step.node);
+        let [x, parents @ ..] = step.parents.map(|parent| parent.map(|parent| parent.id));
+        joined_backward(grads, x, parents, &step.state, &grad);
+    }
+}
+
+fn joined_backward<const N: usize>(
+    grads: &mut Gradients,
+    for_x: Option<NodeId>,
+    for_weights: [Option<NodeId>; N],
+    (x, weights): &JoinedState<N>,
+    grad: &FloatTensor<Flex>,
+) {
+    for (index, node) in for_weights.into_iter().enumerate() {
+        if let Some(node) = node {
+            let grad = flex::joined_backward_weight(x, grad, weights, index);
+            grads.register::<Flex>(node, grad);
+        }
+    }
+    if let Some(node) = for_x {
+        grads.register::<Flex>(node, flex::joined_backward_input(grad, weights));
+    }
+}
+
 impl<C: CheckpointStrategy> HostOps for Autodiff<Flex, C> {
     fn attention(
         qkv: FloatTensor<Self>,
@@ -166,6 +242,42 @@ impl<C: CheckpointStrategy> HostOps for Autodiff<Flex, C> {
                 let (logps, stats, _) = flex::head(&hidden, &weight, tied, &targets, false);
                 (step.finish(logps), Self::from_inner(stats))
             }
+        }
+    }
+
+    fn project_two(
+        x: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let step = Joined
+            .prepare::<C>([x.node(), first.node(), second.node()])
+            .compute_bound();
+        let x = x.into_primitive();
+        let weights = [first, second].map(|weight: FloatTensor<Self>| weight.into_primitive());
+        let out = flex::joined(&x, &weights);
+        match step.stateful() {
+            OpsKind::Tracked(step) => step.finish((x, weights), out),
+            OpsKind::UnTracked(step) => step.finish(out),
+        }
+    }
+
+    fn project_three(
+        x: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        third: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        let step = Joined
+            .prepare::<C>([x.node(), first.node(), second.node(), third.node()])
+            .compute_bound();
+        let x = x.into_primitive();
+        let weights =
+            [first, second, third].map(|weight: FloatTensor<Self>| weight.into_primitive());
+        let out = flex::joined(&x, &weights);
+        match step.stateful() {
+            OpsKind::Tracked(step) => step.finish((x, weights), out),
+            OpsKind::UnTracked(step) => step.finish(out),
         }
     }
 }

@@ -124,6 +124,49 @@ pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tenso
     })
 }
 
+/// `x w` of several weights side by side, `[rows, all outputs]`: of `x`, `[rows, inputs]`, and of weights
+/// `[inputs, outputs]` each.
+///
+/// On the processor each product is written where it belongs, and nothing is copied.
+///
+/// # Panics
+///
+/// If there is no weight, or the shapes do not fit.
+pub fn joined_linear(x: Tensor<2>, weights: &[Tensor<2>]) -> Tensor<2> {
+    let inputs = x.dims()[1];
+    assert!(
+        !weights.is_empty() && weights.iter().all(|weight| weight.dims()[0] == inputs),
+        "weights with a row for each input"
+    );
+    #[cfg(feature = "flex")]
+    if fused(&x) {
+        let weight = |index: usize| weights[index].clone().into_dispatch();
+        match weights.len() {
+            2 => {
+                let out = Dispatch::project_two(x.into_dispatch(), weight(0), weight(1));
+                return Tensor::from_dispatch(out);
+            }
+            3 => {
+                let (x, weights) = (x.into_dispatch(), [0, 1, 2].map(weight));
+                let [first, second, third] = weights;
+                let out = Dispatch::project_three(x, first, second, third);
+                return Tensor::from_dispatch(out);
+            }
+            _ => {}
+        }
+    }
+    // Joining the matrices copies each of their numbers, which costs about as much as a row of the
+    // product does with it: little beside a hundred rows, whose product then reads them once.
+    const MANY: usize = 128;
+    if x.dims()[0] < MANY {
+        let outputs = weights
+            .iter()
+            .map(|weight| linear(x.clone(), weight.clone(), None));
+        return Tensor::cat(outputs.collect(), 1);
+    }
+    linear(x, Tensor::cat(weights.to_vec(), 1), None)
+}
+
 /// `x / √(mean(x²) + eps) · weight`, over the last dimension, which `weight` has a number for each of.
 ///
 /// # Panics

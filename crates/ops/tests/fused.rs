@@ -120,6 +120,10 @@ fn transposed_linear(inputs: &[Tensor<2>]) -> Tensor<2> {
     ops::linear(inputs[0].clone(), inputs[1].clone().transpose(), None)
 }
 
+fn joined(inputs: &[Tensor<2>]) -> Tensor<2> {
+    ops::joined_linear(inputs[0].clone(), &inputs[1..])
+}
+
 fn norm(inputs: &[Tensor<2>]) -> Tensor<2> {
     ops::rms_norm(inputs[0].clone(), row(&inputs[1]), 1e-3)
 }
@@ -213,6 +217,28 @@ proptest! {
         all.truncate(1);
         all.push(noise(seed + 1, [outputs, inputs], 1.0));
         prop_assert!(precision_gap(&all, &transposed_linear) < F32_TOLERANCE);
+    }
+
+    #[test]
+    fn layers_side_by_side_agree(
+        rows in 1..200usize, inputs in 1..70usize, seed in 0u64..1000,
+        outputs in prop::collection::vec(1..70usize, 1..5),
+    ) {
+        let mut all = vec![noise(seed, [rows, inputs], 1.0)];
+        for (index, &outputs) in (1..).zip(&outputs) {
+            all.push(noise(seed + index, [inputs, outputs], 1.0));
+        }
+        let gap = precision_gap(&all, &joined);
+        prop_assert!(gap < F32_TOLERANCE, "{gap:e}");
+        let [x, weights @ ..] = &all.iter().map(|x| tensor(x, DType::F32)).collect::<Vec<_>>()[..]
+        else {
+            unreachable!("an input comes first");
+        };
+        let apart = weights.iter().map(|weight| ops::linear(x.clone(), weight.clone(), None));
+        prop_assert_eq!(
+            numbers(ops::joined_linear(x.clone(), weights)),
+            numbers(Tensor::cat(apart.collect(), 1))
+        );
     }
 
     #[test]
@@ -354,10 +380,17 @@ fn gradients_are_finite_differences() {
         noise(2, [4, 5], 1.0),
         noise(3, [1, 5], 1.0),
     ];
+    let joined_inputs = [
+        noise(1, [3, 4], 1.0),
+        noise(2, [4, 5], 1.0),
+        noise(3, [4, 2], 1.0),
+        noise(8, [4, 1], 1.0),
+    ];
     let norm_inputs = [noise(4, [3, 5], 2.0), noise(5, [1, 5], 1.0)];
     let found = [
         difference_gap(&bias, &linear),
         difference_gap(&bias[..2], &linear),
+        difference_gap(&joined_inputs, &joined),
         difference_gap(&norm_inputs, &norm),
         difference_gap(&[noise(6, [3, 8], 4.0)], &swiglu),
     ];

@@ -18,8 +18,8 @@ use crate::workers::Workers;
 /// A model in training.
 #[derive(Debug)]
 pub struct Learner {
-    /// The policy, on an autodiff device.
-    pub model: Transformer,
+    /// The policy, on an autodiff device; away while the optimizer has it.
+    model: Option<Transformer>,
     /// Its optimizer.
     pub optimizer: AdamW,
     /// A reference that follows the policy, on a plain device.
@@ -77,7 +77,7 @@ impl Learner {
     pub fn new(model: Transformer, optimizer: AdamW) -> Self {
         Self {
             workers: Workers::on(&model.device(), 1),
-            model: model.train(),
+            model: Some(model.train()),
             optimizer,
             reference: None,
             devices: Vec::new(),
@@ -112,7 +112,12 @@ impl Learner {
 
     /// The model without its graph.
     pub fn snapshot(&self) -> Transformer {
-        self.model.valid()
+        self.model().valid()
+    }
+
+    fn model(&self) -> &Transformer {
+        let model = self.model.as_ref();
+        model.expect("no step panicked while the optimizer had the model")
     }
 
     /// Averages the gradients of `n` micro-batches, each made by `micro`, and updates once.
@@ -157,12 +162,15 @@ impl Learner {
             .map(|(name, sum, n)| (name, sum / f64::from(n)))
             .collect();
         let loss = micro_losses.iter().sum::<f64>() * share;
+        // Handed over, not cloned: weights that nobody else holds are updated where they stand.
         let (model, optimizer) = (&mut self.model, &mut self.optimizer);
         let (grad_norm, updated) = workers.run(|| {
             let grad_norm = share * gradients.norm();
             let updated = loss.is_finite() && grad_norm.is_finite();
             if updated {
-                *model = optimizer.step(model.clone(), gradients, share, grad_norm, learning_rate);
+                *model = model
+                    .take()
+                    .map(|model| optimizer.step(model, gradients, share, grad_norm, learning_rate));
             }
             (grad_norm, updated)
         });
@@ -189,7 +197,7 @@ impl Learner {
         if n > 1 && self.devices.len() > 1 {
             return self.on_devices(n, micro, take);
         }
-        let model = &self.model;
+        let model = self.model();
         if n == 1 || self.workers.count() == 1 {
             let one = |index| self.workers.run(|| backward(model, micro(model, index)));
             return (0..n).for_each(|index| take(one(index)));

@@ -1,11 +1,13 @@
 //! A linear layer and its gradients.
 
+use std::ops::Range;
+
 use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::gemm::{Into, new_product, shared_product, with_matrix};
+use super::gemm::{Into, Matrix, new_product, shared_product, with_matrix};
 use super::memory::{Window, tensor, values, written};
 
 /// `x w + b`: the bias lies in the output before the product is added to it.
@@ -32,6 +34,82 @@ pub(super) fn linear(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTens
         })
     });
     tensor(out, [rows, columns])
+}
+
+/// `x w` of several weights side by side, each product where it belongs.
+#[expect(unsafe_code, reason = "products fill columns of fresh memory")]
+pub(crate) fn joined(x: &FlexTensor, weights: &[FlexTensor]) -> FlexTensor {
+    let rows = x.shape()[0];
+    let outputs = weights.iter().map(|weight| weight.shape()[1]);
+    let columns = outputs.sum::<usize>();
+    let out = with_matrix(x, |x| {
+        // SAFETY: a fresh product writes every number of its columns, which are nobody else's.
+        unsafe {
+            written(rows * columns, |at| {
+                let out = Window::new(at, rows, columns);
+                for (weight, columns) in weights.iter().zip(places(weights)) {
+                    with_matrix(weight, |weight| {
+                        shared_product(out.part(0..rows, columns), Into::Fresh, x, weight);
+                    });
+                }
+            })
+        }
+    });
+    tensor(out, [rows, columns])
+}
+
+/// The gradient of [`joined`] with respect to `x`.
+#[expect(unsafe_code, reason = "products fill fresh memory")]
+pub(crate) fn joined_backward_input(grad: &FlexTensor, weights: &[FlexTensor]) -> FlexTensor {
+    let grad = grad.to_contiguous();
+    let (rows, inputs) = (grad.shape()[0], weights[0].shape()[0]);
+    // SAFETY: the first product writes every number.
+    let out = unsafe {
+        written(rows * inputs, |at| {
+            for (index, (weight, columns)) in weights.iter().zip(places(weights)).enumerate() {
+                let into = if index == 0 { Into::Fresh } else { Into::Sum };
+                let out = Window::new(at, rows, inputs);
+                let grad = columns_of(&grad, columns);
+                with_matrix(weight, |weight| {
+                    shared_product(out, into, grad, weight.transposed());
+                });
+            }
+        })
+    };
+    tensor(out, [rows, inputs])
+}
+
+/// The gradient of [`joined`] with respect to the weight that the `index`th columns come from.
+pub(crate) fn joined_backward_weight(
+    x: &FlexTensor,
+    grad: &FlexTensor,
+    weights: &[FlexTensor],
+    index: usize,
+) -> FlexTensor {
+    let grad = grad.to_contiguous();
+    let columns = places(weights).nth(index);
+    let grad = columns_of(&grad, columns.expect("one of the weights"));
+    let shape = [x.shape()[1], grad.dims().1];
+    let out = with_matrix(x, |x| new_product(x.transposed(), grad));
+    tensor(out, shape)
+}
+
+/// The columns of each weight's outputs.
+fn places(weights: &[FlexTensor]) -> impl Iterator<Item = Range<usize>> {
+    weights.iter().scan(0, |next, weight| {
+        let first = *next;
+        *next += weight.shape()[1];
+        Some(first..*next)
+    })
+}
+
+/// Columns of a contiguous tensor.
+fn columns_of(tensor: &FlexTensor, columns: Range<usize>) -> Matrix<'_> {
+    let shape = tensor.shape();
+    let values = values(tensor);
+    // No rows hold no columns either.
+    let first = columns.start.min(values.len());
+    Matrix::strided(&values[first..], shape[0], columns.len(), shape[1])
 }
 
 /// `g wᵀ`, of the gradient `g` of what came out.

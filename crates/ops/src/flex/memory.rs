@@ -46,6 +46,16 @@ pub(super) unsafe fn written(n: usize, fill: impl FnOnce(*mut f32)) -> Vec<f32> 
     values
 }
 
+/// Asks for a cache line to be fetched. It is a hint: nothing is read, wherever it points.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+#[expect(unsafe_code, reason = "fetching ahead is an intrinsic")]
+pub(super) fn prefetch(at: *const f32) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // SAFETY: a hint that reads nothing.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+}
+
 /// A window into a row-major matrix that threads write to, each a window of its own.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Window {
@@ -119,13 +129,9 @@ impl Window {
     /// Asks for a part of a row to be fetched, before it is written.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    #[expect(unsafe_code, reason = "fetching ahead is an intrinsic")]
     pub(super) fn prefetch(&self, row: usize, columns: std::ops::Range<usize>) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         for column in [columns.start, columns.end - 1] {
-            let at = self.at.wrapping_add(row * self.step + column);
-            // SAFETY: a hint, which reads nothing, wherever it points.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+            prefetch(self.at.wrapping_add(row * self.step + column));
         }
     }
 

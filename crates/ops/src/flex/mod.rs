@@ -19,6 +19,7 @@ use rayon::prelude::*;
 
 pub(crate) use self::attention::{attention, attention_backward};
 pub(crate) use self::head::{Kept, head, head_backward};
+pub(crate) use self::linear::{joined, joined_backward_input, joined_backward_weight};
 use self::memory::{own, values};
 use crate::AdamWStep;
 use crate::backend::Ops;
@@ -234,35 +235,59 @@ impl WithSimd for MaskedSoftmax<'_> {
 }
 
 /// Weights of a row of which nothing is hidden, in place of its scores.
+///
+/// Rows are short, so that what whole registers leave is taken in one of its own, filled with scores
+/// of no weight: one by one, those numbers took as long as all others.
 #[inline(always)]
 fn softmax_of_row(scores: &mut [f32]) {
     let (chunks, rest) = scores.as_chunks_mut::<LANES>();
-    let mut highest = [f32::NEG_INFINITY; LANES];
+    let mut last = [f32::NEG_INFINITY; LANES];
+    last[..rest.len()].copy_from_slice(rest);
+    let mut highest = last;
     for scores in chunks.iter() {
         for (highest, &score) in highest.iter_mut().zip(scores) {
-            *highest = if score > *highest { score } else { *highest };
+            *highest = larger(score, *highest);
         }
     }
-    let mut largest = f32::NEG_INFINITY;
-    for &score in highest.iter().chain(&*rest) {
-        largest = if score > largest { score } else { largest };
-    }
+    let largest = folded(highest, larger);
     let mut sums = [0.0_f32; LANES];
     for scores in chunks.iter_mut() {
-        for (sum, score) in sums.iter_mut().zip(scores) {
-            *score = exp(*score - largest);
-            *sum += *score;
-        }
+        exps(scores, largest, &mut sums);
     }
-    let mut total: f32 = sums.iter().sum();
-    for score in rest.iter_mut() {
-        *score = exp(*score - largest);
-        total += *score;
-    }
-    let share = 1.0 / total;
+    exps(&mut last, largest, &mut sums);
+    rest.copy_from_slice(&last[..rest.len()]);
+    let share = 1.0 / folded(sums, |a, b| a + b);
     for score in scores {
         *score *= share;
     }
+}
+
+/// `exp(score − largest)` in place of scores, and added to the sums.
+#[inline(always)]
+fn exps(scores: &mut [f32; LANES], largest: f32, sums: &mut [f32; LANES]) {
+    for (sum, score) in sums.iter_mut().zip(scores) {
+        *score = exp(*score - largest);
+        *sum += *score;
+    }
+}
+
+/// The larger of two numbers; `b` if one is none.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+/// All lanes together, half with half: no number waits for more than a few others.
+#[inline(always)]
+fn folded(mut lanes: [f32; LANES], of: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] = of(lanes[lane], lanes[lane + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// A NaN that is not hidden makes the whole row NaN.

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::linear::add_up;
 use super::memory::{Window, tensor, values, written};
-use super::{LANES, PIECE};
+use super::{LANES, PIECE, folded};
 
 /// `x / rms(x) · weight`, row by row.
 #[expect(unsafe_code, reason = "rows are written to fresh memory")]
@@ -98,7 +98,7 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
         }
     }
     let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    sums.iter().sum::<f32>() + rest
+    folded(sums, |a, b| a + b) + rest
 }
 
 /// What a row is divided by, inverted: the square root of the mean square.
