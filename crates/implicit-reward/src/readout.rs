@@ -6,7 +6,7 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::error::ReadoutError;
-use crate::row::{RowPair, largest};
+use crate::row::{LANES, RowPair};
 
 /// Rows that a thread takes at a time.
 const ROWS: usize = 16;
@@ -242,39 +242,54 @@ impl WithSimd for Top<'_> {
     type Output = Vec<u32>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _simd: S) -> Vec<u32> {
+    fn with_simd<S: Simd>(self, simd: S) -> Vec<u32> {
         let Self { row, n } = self;
-        /// Numbers that are looked at together.
-        const BLOCK: usize = 32;
+        /// Registers that are looked at together.
+        const BLOCK: usize = 4;
         let n = n.min(row.len());
         if n == 0 {
             return Vec::new();
         }
-        // The n-th largest of the blocks' largest numbers is no more than the n-th largest of all: few
-        // blocks hold anything that is not below it.
-        let highest: Vec<f32> = row.chunks(BLOCK).map(largest::<8>).collect();
-        let least = if n < highest.len() {
-            let mut sorted = highest.clone();
-            *sorted
-                .select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a))
-                .1
+        let (registers, _) = S::as_simd_f32s(row);
+        let (blocks, _) = registers.as_chunks::<BLOCK>();
+        // The largest number of each column of the blocks: the n-th largest of them is no more than the
+        // n-th largest of all, so that few blocks hold anything that is not below it.
+        let mut highest = [simd.splat_f32s(f32::NEG_INFINITY); BLOCK];
+        for block in blocks {
+            for (highest, &x) in highest.iter_mut().zip(block) {
+                *highest = simd.max_f32s(x, *highest);
+            }
+        }
+        let mut columns = [f32::NEG_INFINITY; BLOCK * LANES];
+        let (out, _) = S::as_mut_simd_f32s(&mut columns);
+        out[..BLOCK].copy_from_slice(&highest);
+        let size = BLOCK * S::F32_LANES;
+        let columns = &mut columns[..size];
+        let least = if n <= size {
+            let by_size = |a: &f32, b: &f32| b.total_cmp(a);
+            *columns.select_nth_unstable_by(n - 1, by_size).1
         } else {
             f32::NEG_INFINITY
         };
         let mut kept: Vec<(f32, u32)> = Vec::with_capacity(n + 1);
-        for (block, values) in row.chunks(BLOCK).enumerate() {
-            if highest[block] < least {
-                continue;
-            }
-            for (offset, &x) in values.iter().enumerate() {
+        let mut look = |first: usize, numbers: &[f32]| {
+            for (id, &x) in (first..).zip(numbers) {
                 if x < least || (kept.len() == n && x <= kept[n - 1].0) {
                     continue;
                 }
                 let place = kept.partition_point(|&(kept, _)| kept >= x);
-                kept.insert(place, (x, (block * BLOCK + offset) as u32));
+                kept.insert(place, (x, id as u32));
                 kept.truncate(n);
             }
+        };
+        for (index, &[a, b, c, d]) in blocks.iter().enumerate() {
+            let most = simd.max_f32s(simd.max_f32s(a, b), simd.max_f32s(c, d));
+            let reached = simd.greater_than_or_equal_f32s(most, simd.splat_f32s(least));
+            if simd.first_true_m32s(reached) < S::F32_LANES {
+                look(index * size, &row[index * size..][..size]);
+            }
         }
+        look(blocks.len() * size, &row[blocks.len() * size..]);
         kept.into_iter().map(|(_, id)| id).collect()
     }
 }

@@ -6,7 +6,7 @@ use pulp::{Arch, Simd, WithSimd};
 /// After this many registers a lane's f32 sum goes into f64: its rounding stays below 1e-6.
 const BLOCK: usize = 64;
 /// The most lanes of a register.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// What two rows of logits say together; nats.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -108,7 +108,7 @@ impl WithSimd for Read<'_> {
 
 /// The largest of some numbers, compared in lanes; NaN never is.
 #[inline(always)]
-pub(crate) fn largest<const LANES: usize>(row: &[f32]) -> f32 {
+fn largest<const LANES: usize>(row: &[f32]) -> f32 {
     let (lanes, rest) = row.as_chunks::<LANES>();
     let mut most = [f32::NEG_INFINITY; LANES];
     for chunk in lanes {

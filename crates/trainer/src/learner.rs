@@ -1,5 +1,6 @@
 //! One training step: micro-batches, backward, clip, update.
 
+use std::ops::Range;
 use std::panic::resume_unwind;
 
 use burn::module::Module;
@@ -188,64 +189,78 @@ impl Learner {
 impl Learner {
     /// Hands the backward passes of `n` micro-batches to `take`, in order, with gradients where the
     /// model is.
+    ///
+    /// As many at a time as there are workers, or devices if they are several: no more gradients than
+    /// that wait to be added up.
     fn each_backward(
         &self,
         n: usize,
         micro: impl Fn(&Transformer, usize) -> MicroBatch + Sync,
         mut take: impl FnMut(Backward),
     ) {
-        if n > 1 && self.devices.len() > 1 {
-            return self.on_devices(n, micro, take);
-        }
-        let model = self.model();
-        if n == 1 || self.workers.count() == 1 {
-            let one = |index| self.workers.run(|| backward(model, micro(model, index)));
-            return (0..n).for_each(|index| take(one(index)));
-        }
-        // As many at a time as there are workers: no more gradients than that wait to be added up.
-        for first in (0..n).step_by(self.workers.count()) {
-            let count = self.workers.count().min(n - first);
-            let results = self.workers.map(count, |index| {
-                // A graph of its own for each thread: leaves that two graphs share would tie their
-                // backward passes to one lock.
-                let model = model.valid().train();
-                backward(&model, micro(&model, first + index))
-            });
+        let several = n > 1 && self.devices.len() > 1;
+        let devices = self.devices.iter().take(if several { n } else { 0 });
+        let replicas: Vec<Transformer> = devices
+            .map(|device| self.snapshot().to_device(device).train())
+            .collect();
+        let together = if several {
+            replicas.len()
+        } else {
+            self.workers.count()
+        };
+        for first in (0..n).step_by(together) {
+            let wave = first..(first + together).min(n);
+            let results = if several {
+                self.on_devices(&replicas, wave, &micro)
+            } else {
+                self.on_workers(wave, &micro)
+            };
             results.into_iter().for_each(&mut take);
         }
     }
 
-    /// [`Learner::each_backward`] where each device takes one micro-batch at a time.
+    /// Some micro-batches side by side, a thread for each, or all threads for one.
+    fn on_workers(
+        &self,
+        wave: Range<usize>,
+        micro: &(impl Fn(&Transformer, usize) -> MicroBatch + Sync),
+    ) -> Vec<Backward> {
+        let model = self.model();
+        if wave.len() == 1 {
+            let one = || backward(model, micro(model, wave.start));
+            return vec![self.workers.run(one)];
+        }
+        self.workers.map(wave.len(), |index| {
+            // A graph of its own for each thread: leaves that two graphs share would tie their
+            // backward passes to one lock.
+            let model = model.valid().train();
+            backward(&model, micro(&model, wave.start + index))
+        })
+    }
+
+    /// Some micro-batches side by side, a device for each.
     fn on_devices(
         &self,
-        n: usize,
-        micro: impl Fn(&Transformer, usize) -> MicroBatch + Sync,
-        mut take: impl FnMut(Backward),
-    ) {
-        let (policy, micro) = (self.snapshot(), &micro);
-        let main = &policy.device();
-        let devices = self.devices.iter().take(n);
-        let replicas: Vec<Transformer> = devices
-            .map(|device| policy.clone().to_device(device).train())
-            .collect();
-        for first in (0..n).step_by(replicas.len()) {
-            let results: Vec<Backward> = std::thread::scope(|scope| {
-                let one = |(model, index)| {
-                    scope.spawn(move || {
-                        let mut result = backward(model, micro(model, index));
-                        result.gradients = result.gradients.to_device(main);
-                        result
-                    })
-                };
-                let threads: Vec<_> = replicas.iter().zip(first..n).map(one).collect();
-                let joined = threads.into_iter().map(|thread| {
-                    // What a device said of its memory is for the run to tell.
-                    thread.join().unwrap_or_else(|said| resume_unwind(said))
-                });
-                joined.collect()
+        replicas: &[Transformer],
+        wave: Range<usize>,
+        micro: &(impl Fn(&Transformer, usize) -> MicroBatch + Sync),
+    ) -> Vec<Backward> {
+        let main = &self.model().device().inner();
+        std::thread::scope(|scope| {
+            let one = |(model, index)| {
+                scope.spawn(move || {
+                    let mut result = backward(model, micro(model, index));
+                    result.gradients = result.gradients.to_device(main);
+                    result
+                })
+            };
+            let threads: Vec<_> = replicas.iter().zip(wave).map(one).collect();
+            let joined = threads.into_iter().map(|thread| {
+                // What a device said of its memory is for the run to tell.
+                thread.join().unwrap_or_else(|said| resume_unwind(said))
             });
-            results.into_iter().for_each(&mut take);
-        }
+            joined.collect()
+        })
     }
 }
 

@@ -340,7 +340,7 @@ impl Run<'_> {
             let mut written: Vec<(usize, Written)> = written.into_iter().flatten().collect();
             written.sort_by_key(|(index, _)| *index);
             for (_, written) in written {
-                file.write_all(written.lines.as_bytes())
+                file.write_all(&written.lines)
                     .map_err(TrainError::io(&options.out))?;
                 self.figures.add(&written.figures);
                 if let Some((row, encoded)) = written.row {

@@ -118,10 +118,11 @@ pub(super) fn product(
     let terms = a.columns;
     let depth = terms.div_ceil(terms.div_ceil(DEPTH));
     let tiles = rows.div_ceil(ROWS);
-    let threads = if shared {
-        rayon::current_num_threads()
+    // How many pieces one thread takes at least: all, if the product is its own.
+    let (threads, alone) = if shared {
+        (rayon::current_num_threads(), 1)
     } else {
-        1
+        (1, usize::MAX)
     };
     let blocks = rows.div_ceil(BLOCK).next_multiple_of(threads).min(tiles);
     let first_row = |block: usize| (block * tiles / blocks * ROWS).min(rows);
@@ -148,13 +149,8 @@ pub(super) fn product(
                 let count = (GROUP * COLUMNS).min(width - column);
                 b.from(left + column, first).pack(count, depth, panels);
             };
-            if shared {
-                let groups = packed.par_chunks_mut(GROUP * depth);
-                groups.enumerate().for_each(pack);
-            } else {
-                let groups = packed.chunks_mut(GROUP * depth);
-                groups.enumerate().for_each(pack);
-            }
+            let groups = packed.par_chunks_mut(GROUP * depth).enumerate();
+            groups.with_min_len(alone).for_each(pack);
             let multiply = |block: usize| {
                 let rows = first_row(block)..first_row(block + 1);
                 let a = a.from(rows.start, first);
@@ -170,11 +166,8 @@ pub(super) fn product(
                 };
                 Simd::vectorize(simd, block);
             };
-            if shared {
-                (0..blocks).into_par_iter().for_each(multiply);
-            } else {
-                (0..blocks).for_each(multiply);
-            }
+            let blocks = (0..blocks).into_par_iter();
+            blocks.with_min_len(alone).for_each(multiply);
         }
     }
     PACKED_B.set(packed);

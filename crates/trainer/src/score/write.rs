@@ -85,7 +85,7 @@ struct Alternatives<'a> {
 #[derive(Clone, Debug)]
 pub(super) struct Written {
     /// A line for each completion.
-    pub lines: String,
+    pub lines: Vec<u8>,
     /// The row of the page, if it has room, and as the page holds it.
     pub row: Option<(ScoredRow, PageRow)>,
     pub figures: Figures,
@@ -118,7 +118,7 @@ impl Written {
             [chosen, rejected] => Some(chosen.reward - rejected.reward),
             _ => None,
         };
-        let mut lines = String::new();
+        let mut lines = Vec::new();
         for (((side, tokens), texts), total) in
             item.sides.iter().zip(readouts).zip(&texts).zip(&totals)
         {
@@ -129,8 +129,8 @@ impl Written {
                 beta,
                 vocabulary,
             );
-            lines += &serde_json::to_string(&line).expect("numbers and texts are JSON");
-            lines.push('\n');
+            serde_json::to_writer(&mut lines, &line).expect("numbers and texts are JSON");
+            lines.push(b'\n');
         }
         let row = for_page.then(|| {
             let row = ScoredRow {
