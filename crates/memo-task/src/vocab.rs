@@ -422,17 +422,21 @@ impl Vocab {
         let mut rest = text;
         while !rest.is_empty() {
             // Special tokens are cut out first, wherever they stand.
-            let special = SPECIALS
-                .iter()
-                .enumerate()
-                .filter_map(|(id, special)| rest.find(special).map(|at| (at, id, special.len())))
-                .min();
-            let (at, id, len) = special.unwrap_or((rest.len(), SPECIALS.len(), 0));
+            let special_at = |at: usize| {
+                let mut specials = SPECIALS.iter();
+                specials.position(|special| rest[at..].starts_with(special))
+            };
+            // All of them begin so, and texts seldom hold it.
+            let special = rest
+                .match_indices('<')
+                .find_map(|(at, _)| Some((at, special_at(at)?)));
+            let Some((at, id)) = special else {
+                self.encode_plain(rest, &mut ids);
+                break;
+            };
             self.encode_plain(&rest[..at], &mut ids);
-            if id < SPECIALS.len() {
-                ids.push(id as u32);
-            }
-            rest = &rest[at + len..];
+            ids.push(id as u32);
+            rest = &rest[at + SPECIALS[id].len()..];
         }
         ids
     }

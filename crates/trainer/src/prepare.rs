@@ -136,16 +136,16 @@ fn prepare_task(
         }
     };
     let n_sft = recipe.sft.as_ref().map_or(0, |_| numbers.sft_examples);
-    let sft = task
-        .examples(Split::Sft, n_sft, recipe.seed)
-        .into_iter()
-        .enumerate()
-        .map(|(row, example)| SftExample {
+    let sft = || {
+        let examples = task.examples(Split::Sft, n_sft, recipe.seed);
+        let examples = examples.into_iter().enumerate();
+        let sft = examples.map(|(row, example)| SftExample {
             prompt_ids: example.prompt_ids,
             completion_ids: example.completion.ids,
             row,
-        })
-        .collect();
+        });
+        sft.collect()
+    };
     let pairs = |pairs: &[memo_task::Pair]| -> Vec<PreferencePair> {
         pairs
             .iter()
@@ -158,7 +158,10 @@ fn prepare_task(
             })
             .collect()
     };
-    let mut train = pairs(&task.pairs(Split::Train, numbers.train_pairs, recipe.seed));
+    let train = || pairs(&task.pairs(Split::Train, numbers.train_pairs, recipe.seed));
+    // A second of waiting before the first step, were they drawn one after the other; each split has
+    // random numbers of its own.
+    let (sft, mut train) = rayon::join(sft, train);
     let held_out = task.pairs(Split::Eval, numbers.eval_pairs, recipe.seed);
     let mut eval = pairs(&held_out);
     let mut desirable = None;
