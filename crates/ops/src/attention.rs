@@ -186,11 +186,12 @@ impl Turns {
         }))
     }
 
-    /// Cosines and sines of the token at a flat place.
-    pub(crate) fn of(&self, place: usize) -> (&[f32], &[f32]) {
+    /// Cosines and sines of tokens that follow one another in a row, by the first one's flat place:
+    /// `dims / 2` of each for a token.
+    pub(crate) fn of(&self, first: usize, tokens: usize) -> (&[f32], &[f32]) {
         let [rows, seq, half] = self.0.shape;
-        let place = if rows == 1 { place % seq } else { place };
-        let at = place * half..(place + 1) * half;
+        let first = if rows == 1 { first % seq } else { first };
+        let at = first * half..(first + tokens) * half;
         (&self.0.cos[at.clone()], &self.0.sin[at])
     }
 

@@ -1,5 +1,9 @@
-//! Attention by blocks of queries. Scores live for one block and one head, in the processor's cache;
-//! the way back computes them again.
+//! Attention by panels of queries, a lane for each, so that what a softmax does along the keys needs no
+//! sum across lanes. Scores live for one panel and one head, in the processor's cache; the way back
+//! computes them again.
+//!
+//! A family's keys and values are laid out once as tiles, and each product goes by tiles, of which those
+//! that causality hides are left out.
 
 use std::ops::Range;
 
@@ -8,15 +12,15 @@ use burn::backend::flex::FlexTensor;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::gemm::{Into, Matrix, product};
+use super::gemm::Matrix;
 use super::memory::{Window, tensor, values, written};
-use super::norm::dot;
-use super::softmax_of_row;
+use super::panels::{
+    BLOCK, Block, Run, by_dimensions, by_keys, by_tiles, cleared, keys_of, lay_columns,
+    lay_dimensions, lay_keys, lay_panel, rows_of_panel, softmax, softmax_backward,
+};
+use super::tile::{COLUMNS, Left, ROWS, Right};
+use super::turn::Turn;
 use crate::attention::{Family, Heads, Spans, Turns};
-
-/// Queries that are taken together: their scores against a few hundred keys stay in the first two
-/// levels of the cache, and half a block is what causality wastes.
-const BLOCK: usize = 64;
 
 /// A family and a head of keys: what one thread does.
 struct Task<'a> {
@@ -31,17 +35,34 @@ struct Task<'a> {
 /// Memory of a thread, reused from task to task.
 #[derive(Default)]
 struct Scratch {
-    /// Turned keys of the family, `[tokens, width]`.
-    keys: Vec<f32>,
-    /// A block of queries, turned and divided by `√width`.
-    queries: Vec<f32>,
-    /// Their scores, then their weights, `[block, keys]`.
-    scores: Vec<f32>,
+    /// Rows of a head, turned or to be turned back, `[tokens, width]`.
+    rows: Vec<f32>,
+    /// Turned keys by tiles, and each tile by dimensions.
+    keys: Vec<Left>,
+    /// Values in the same way.
+    values: Vec<Left>,
+    /// Turned keys by tiles of dimensions, and each tile by keys.
+    keys_across: Vec<Left>,
+    /// Values in the same way.
+    values_across: Vec<Left>,
+    /// A panel of queries by dimensions, turned and divided by `√width`.
+    queries: Vec<Right>,
+    /// The gradients of their outputs in the same way.
+    grads: Vec<Right>,
+    /// Queries of a block by panels of dimensions, and each panel by queries.
+    query_columns: Vec<Right>,
+    /// The gradients of their outputs in the same way.
+    grad_columns: Vec<Right>,
+    /// Scores by panels of queries and, in each, by keys; then their weights.
+    scores: Vec<Right>,
     /// Gradients of the weights, then of the scores.
-    for_scores: Vec<f32>,
-    for_queries: Vec<f32>,
-    for_keys: Vec<f32>,
-    for_values: Vec<f32>,
+    for_scores: Vec<Right>,
+    /// Outputs of a panel, or gradients of its queries, by dimensions.
+    across: Vec<Right>,
+    /// Gradients of keys by tiles, and each tile by panels of dimensions.
+    for_keys: Vec<[Right; ROWS]>,
+    /// Gradients of values in the same way.
+    for_values: Vec<[Right; ROWS]>,
 }
 
 #[expect(
@@ -69,7 +90,7 @@ pub(crate) fn attention(
                     let group = heads.groups() * heads.width;
                     let columns = task.key_head * group..(task.key_head + 1) * group;
                     let out = out.part(task.family.tokens(), columns);
-                    task.forward(scratch, out);
+                    Arch::new().dispatch(Forward { task, scratch, out });
                 });
         })
     };
@@ -101,7 +122,13 @@ pub(crate) fn attention_backward(
                 .for_each_init(Scratch::default, |scratch, task| {
                     let columns = task.columns();
                     let part = |columns| out.part(task.family.tokens(), columns);
-                    task.backward(scratch, grad, columns.map(part));
+                    let out = columns.map(part);
+                    Arch::new().dispatch(Backward {
+                        task,
+                        scratch,
+                        grad,
+                        out,
+                    });
                 });
         })
     };
@@ -146,60 +173,39 @@ fn tasks<'a>(
         .collect()
 }
 
-/// A block of queries of one head, and the keys they see, by place within the family.
-struct Block {
-    query_head: usize,
-    queries: Range<usize>,
-    /// Keys that all of them see.
-    shared: Range<usize>,
-    /// Keys of their own range, up to the last query's own.
-    own: Range<usize>,
-}
-
-impl Block {
-    fn keys(&self) -> usize {
-        self.shared.len() + self.own.len()
-    }
-
-    /// Keys that the `i`th query sees.
-    fn seen(&self, i: usize) -> usize {
-        self.shared.len() + (self.queries.start + i + 1 - self.own.start)
-    }
-
-    /// The two ranges of keys, and where each begins among the scores.
-    fn ranges(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
-        let ranges = [
-            (self.shared.clone(), 0),
-            (self.own.clone(), self.shared.len()),
-        ];
-        ranges.into_iter().filter(|(range, _)| !range.is_empty())
-    }
-}
-
 impl Task<'_> {
-    fn blocks(&self) -> impl Iterator<Item = Block> {
+    fn runs(&self) -> Vec<Run> {
         let start = self.family.tokens().start;
-        let local = move |range: &Range<usize>| range.start - start..range.end - start;
-        let prompt = local(&self.family.prompt);
-        let alone = std::iter::once((0..0, prompt.clone()));
-        let completions = self.family.completions.iter().map(local);
-        let runs: Vec<(Range<usize>, Range<usize>)> = alone
-            .chain(completions.map(|completion| (prompt.clone(), completion)))
-            .collect();
+        let mut tile = 0;
+        let ranges = std::iter::once(&self.family.prompt).chain(&self.family.completions);
+        let run = |range: &Range<usize>| {
+            let run = Run {
+                first: range.start - start,
+                tokens: range.len(),
+                tile,
+            };
+            tile += run.tiles();
+            run
+        };
+        ranges.map(run).collect()
+    }
+
+    fn blocks(&self, runs: &[Run]) -> Vec<Block> {
         let group = self.heads.groups();
-        (self.key_head * group..(self.key_head + 1) * group).flat_map(move |query_head| {
-            runs.clone().into_iter().flat_map(move |(shared, run)| {
-                run.clone().step_by(BLOCK).map(move |first| {
-                    let queries = first..(first + BLOCK).min(run.end);
-                    Block {
+        let mut blocks = Vec::new();
+        for query_head in self.key_head * group..(self.key_head + 1) * group {
+            for (index, &run) in runs.iter().enumerate() {
+                for first in (0..run.tokens).step_by(BLOCK) {
+                    blocks.push(Block {
                         query_head,
-                        shared: shared.clone(),
-                        own: run.start..queries.end,
-                        queries,
-                    }
-                })
-            })
-        })
+                        run,
+                        queries: first..(first + BLOCK).min(run.tokens),
+                        prompt: (index > 0).then_some(runs[0]),
+                    });
+                }
+            }
+        }
+        blocks
     }
 
     /// Columns of the queries, the keys and the values of the task.
@@ -218,6 +224,11 @@ impl Task<'_> {
         ]
     }
 
+    /// The first column of a head of queries among the task's.
+    fn column_of(&self, query_head: usize) -> usize {
+        (query_head - self.key_head * self.heads.groups()) * self.heads.width
+    }
+
     /// A head of some tokens of the family.
     fn head(&self, tokens: Range<usize>, first_column: usize) -> Matrix<'_> {
         let step = self.heads.joined();
@@ -225,217 +236,305 @@ impl Task<'_> {
         Matrix::strided(&self.qkv[first..], tokens.len(), self.heads.width, step)
     }
 
-    /// Values of some tokens.
-    fn values(&self, tokens: Range<usize>) -> Matrix<'_> {
+    /// All keys of the task, turned.
+    #[inline(always)]
+    fn keys<S: Simd>(&self, simd: S, out: &mut [f32]) {
+        let [_, keys, _] = self.columns();
+        let tokens = 0..self.family.tokens().len();
+        self.turned(simd, tokens, keys.start, 1.0, out);
+    }
+
+    /// All values of the task.
+    fn values(&self) -> Matrix<'_> {
         let [_, _, values] = self.columns();
-        self.head(tokens, values.start)
+        self.head(0..self.family.tokens().len(), values.start)
     }
 
     /// Copies a head of some tokens, turned by their positions and scaled.
-    fn load(&self, tokens: Range<usize>, first_column: usize, scale: f32, out: &mut Vec<f32>) {
+    #[inline(always)]
+    fn turned<S: Simd>(
+        &self,
+        simd: S,
+        tokens: Range<usize>,
+        first_column: usize,
+        scale: f32,
+        out: &mut [f32],
+    ) {
         let width = self.heads.width;
-        out.resize(tokens.len() * width, 0.0);
-        let out = rows_of(out, 0..tokens.len(), width);
         let x = self.head(tokens.clone(), first_column);
-        self.turn(tokens, x, out, (1.0, scale));
+        let out = window(out, tokens.len(), width);
+        self.turn(simd, tokens.start, x, out, (1.0, scale));
     }
 
-    /// Scores of a block and, from them, its weights.
-    fn weights(&self, block: &Block, scratch: &mut Scratch) {
-        let width = self.heads.width;
-        let scale = 1.0 / (width as f32).sqrt();
-        let n = block.queries.len();
-        self.load(
-            block.queries.clone(),
-            block.query_head * width,
-            scale,
-            &mut scratch.queries,
-        );
-        let queries = Matrix::new(&scratch.queries, n, width);
-        scratch.scores.resize(n * block.keys(), 0.0);
-        for (keys, at) in block.ranges() {
-            let matrix = Matrix::new(
-                &scratch.keys[keys.start * width..keys.end * width],
-                keys.len(),
-                width,
-            );
-            let out = columns_of(&mut scratch.scores, n, at, keys.len());
-            product(out, Into::Fresh, queries, matrix.transposed());
-        }
-        Arch::new().dispatch(Softmax {
-            scores: &mut scratch.scores,
-            block,
-        });
-    }
-
-    fn forward(&self, scratch: &mut Scratch, out: Window) {
-        let width = self.heads.width;
-        let tokens = 0..self.family.tokens().len();
-        let [_, keys, _] = self.columns();
-        self.load(tokens, keys.start, 1.0, &mut scratch.keys);
-        for block in self.blocks() {
-            self.weights(&block, scratch);
-            let first = (block.query_head - self.key_head * self.heads.groups()) * width;
-            let weights = &scratch.scores;
-            let n = block.queries.len();
-            let mut into = Into::Fresh;
-            for (keys, at) in block.ranges() {
-                let weights = Matrix::strided(&weights[at..], n, keys.len(), block.keys());
-                let out = part(out, block.queries.clone(), first..first + width);
-                product(out, into, weights, self.values(keys));
-                into = Into::Sum;
-            }
-        }
-    }
-
-    /// Writes the gradients of the task's queries, keys and values to the windows.
-    fn backward(&self, scratch: &mut Scratch, grad: &[f32], out: [Window; 3]) {
-        let width = self.heads.width;
-        let tokens = 0..self.family.tokens().len();
-        let start = self.family.tokens().start;
-        let [for_queries, for_keys, mut for_values] = out;
-        let [_, key_columns, _] = self.columns();
-        self.load(tokens.clone(), key_columns.start, 1.0, &mut scratch.keys);
-        for sums in [&mut scratch.for_keys, &mut scratch.for_values] {
-            sums.clear();
-            sums.resize(tokens.len() * width, 0.0);
-        }
-        let step = self.heads.queries * width;
-        let scale = 1.0 / (width as f32).sqrt();
-        for block in self.blocks() {
-            self.weights(&block, scratch);
-            let n = block.queries.len();
-            let first = (start + block.queries.start) * step + block.query_head * width;
-            let grad = Matrix::strided(&grad[first..], n, width, step);
-            scratch.for_scores.resize(n * block.keys(), 0.0);
-            for (keys, at) in block.ranges() {
-                let out = columns_of(&mut scratch.for_scores, n, at, keys.len());
-                product(
-                    out,
-                    Into::Fresh,
-                    grad,
-                    self.values(keys.clone()).transposed(),
-                );
-                let weights = Matrix::strided(&scratch.scores[at..], n, keys.len(), block.keys());
-                let out = rows_of(&mut scratch.for_values, keys, width);
-                product(out, Into::Sum, weights.transposed(), grad);
-            }
-            Arch::new().dispatch(SoftmaxBackward {
-                weights: &scratch.scores,
-                grad: &mut scratch.for_scores,
-                block: &block,
-            });
-            scratch.for_queries.resize(n * width, 0.0);
-            let mut into = Into::Fresh;
-            for (keys, at) in block.ranges() {
-                let place = keys.start * width..keys.end * width;
-                let for_scores =
-                    Matrix::strided(&scratch.for_scores[at..], n, keys.len(), block.keys());
-                let key_matrix = Matrix::new(&scratch.keys[place], keys.len(), width);
-                let out = rows_of(&mut scratch.for_queries, 0..n, width);
-                product(out, into, for_scores, key_matrix);
-                into = Into::Sum;
-                // The queries hold the scale, so that the gradient of the keys has it too.
-                let queries = Matrix::new(&scratch.queries, n, width);
-                let out = rows_of(&mut scratch.for_keys, keys, width);
-                product(out, Into::Sum, for_scores.transposed(), queries);
-            }
-            let first = (block.query_head - self.key_head * self.heads.groups()) * width;
-            let out = part(for_queries, block.queries.clone(), first..first + width);
-            let grad = Matrix::new(&scratch.for_queries, n, width);
-            self.turn(block.queries, grad, out, (-1.0, scale));
-        }
-        for (row, values) in scratch.for_values.chunks_exact(width).enumerate() {
-            for_values.row(row).copy_from_slice(values);
-        }
-        let grad = Matrix::new(&scratch.for_keys, tokens.len(), width);
-        self.turn(tokens, grad, for_keys, (-1.0, 1.0));
-    }
-
-    /// Turns a head of some tokens of the family by their positions, back if `way` is -1, and scales
-    /// it.
-    fn turn(&self, tokens: Range<usize>, x: Matrix<'_>, out: Window, (way, scale): (f32, f32)) {
-        Arch::new().dispatch(Turn {
+    /// Turns a head of tokens of the family by their positions, back if `way` is -1, and scales it.
+    #[inline(always)]
+    fn turn<S: Simd>(
+        &self,
+        simd: S,
+        first: usize,
+        x: Matrix<'_>,
+        out: Window,
+        (way, scale): (f32, f32),
+    ) {
+        let turn = Turn {
             turns: self.turns,
-            first: self.family.tokens().start + tokens.start,
+            first: self.family.tokens().start + first,
             x,
             out,
             way,
             scale,
-        });
+        };
+        turn.with_simd(simd);
+    }
+
+    /// A block's queries, row by row, turned and divided by `√width`; then zeros up to a whole panel.
+    #[inline(always)]
+    fn queries<S: Simd>(&self, simd: S, block: &Block, rows: &mut [f32]) {
+        let width = self.heads.width;
+        let first = block.run.first + block.queries.start;
+        let tokens = first..first + block.queries.len();
+        let (queries, rest) = rows.split_at_mut(tokens.len() * width);
+        let scale = 1.0 / (width as f32).sqrt();
+        self.turned(simd, tokens, block.query_head * width, scale, queries);
+        rest.fill(0.0);
+    }
+
+    /// Weights of a panel, but for their sums, whose inverses are given back.
+    #[inline(always)]
+    fn weights<S: Simd, const REGISTERS: usize>(
+        &self,
+        simd: S,
+        (block, panel): (&Block, usize),
+        keys: &[Left],
+        queries: &[Right],
+        scores: &mut [Right],
+    ) -> Right {
+        let seen = block.seen(panel);
+        by_tiles::<S, REGISTERS>(simd, keys, queries, &seen, scores);
+        if let Some(prompt) = block.prompt {
+            for row in &mut scores[prompt.tokens..prompt.tiles() * ROWS] {
+                *row = [f32::NEG_INFINITY; COLUMNS];
+            }
+        }
+        // A query does not see the keys after its own.
+        let first = block.panel(panel).start;
+        let own = &mut scores[block.shared() * ROWS..];
+        for (before, row) in own.iter_mut().skip(first + 1).enumerate() {
+            row[..COLUMNS.min(before + 1)].fill(f32::NEG_INFINITY);
+        }
+        softmax::<S, REGISTERS>(simd, scores)
     }
 }
 
-/// Many rows in one call: a row is too short for a call of its own.
-struct Turn<'a> {
-    turns: Option<&'a Turns>,
-    /// Flat place of the first token.
-    first: usize,
-    /// `[tokens, width]`.
-    x: Matrix<'a>,
-    out: Window,
-    way: f32,
-    scale: f32,
+/// Runs what is generic over the number of registers that hold a tile's row.
+macro_rules! by_registers {
+    ($self:ident, $simd:ident) => {
+        match COLUMNS / S::F32_LANES {
+            1 => $self.run::<S, 1>($simd),
+            2 => $self.run::<S, 2>($simd),
+            4 => $self.run::<S, 4>($simd),
+            _ => $self.run::<S, COLUMNS>($simd),
+        }
+    };
 }
 
-impl WithSimd for Turn<'_> {
+struct Forward<'a> {
+    task: Task<'a>,
+    scratch: &'a mut Scratch,
+    /// The task's columns of what comes out, in the rows of its family.
+    out: Window,
+}
+
+impl WithSimd for Forward<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, simd: S) {
-        let (cos_scale, sin_scale) = (self.scale, self.way * self.scale);
-        for row in 0..self.x.rows {
-            let x = &self.x.values[row * self.x.row_step..][..self.x.columns];
-            let out = self.out.row(row);
-            let (cos, sin) = match self.turns {
-                Some(turns) => turns.of(self.first + row),
-                None => (&[][..], &[][..]),
-            };
-            let half = cos.len();
-            let (x, x_rest) = x.split_at(2 * half);
-            let (out, out_rest) = out.split_at_mut(2 * half);
-            for (out, x) in out_rest.iter_mut().zip(x_rest) {
-                *out = x * self.scale;
-            }
-            let (x1, x2) = x.split_at(half);
-            let (out1, out2) = out.split_at_mut(half);
-            let lanes = [cos, sin, x1, x2].map(S::as_simd_f32s);
-            let [
-                (cos, cos_rest),
-                (sin, sin_rest),
-                (x1, x1_rest),
-                (x2, x2_rest),
-            ] = lanes;
-            let (out1, out1_rest) = S::as_mut_simd_f32s(out1);
-            let (out2, out2_rest) = S::as_mut_simd_f32s(out2);
-            for (at, (out1, out2)) in out1.iter_mut().zip(out2).enumerate() {
-                let cos = simd.mul_f32s(cos[at], simd.splat_f32s(cos_scale));
-                let sin = simd.mul_f32s(sin[at], simd.splat_f32s(sin_scale));
-                let (x1, x2) = (x1[at], x2[at]);
-                *out1 = simd.sub_f32s(simd.mul_f32s(x1, cos), simd.mul_f32s(x2, sin));
-                *out2 = simd.add_f32s(simd.mul_f32s(x2, cos), simd.mul_f32s(x1, sin));
-            }
-            for (at, (out1, out2)) in out1_rest.iter_mut().zip(out2_rest).enumerate() {
-                let (cos, sin) = (cos_rest[at] * cos_scale, sin_rest[at] * sin_scale);
-                *out1 = x1_rest[at] * cos - x2_rest[at] * sin;
-                *out2 = x2_rest[at] * cos + x1_rest[at] * sin;
+    fn with_simd<S: Simd>(self, simd: S) {
+        by_registers!(self, simd)
+    }
+}
+
+impl Forward<'_> {
+    #[inline(always)]
+    fn run<S: Simd, const REGISTERS: usize>(mut self, simd: S) {
+        let Self { task, scratch, .. } = self;
+        let width = task.heads.width;
+        let tokens = task.family.tokens().len();
+        let runs = task.runs();
+        scratch.rows.resize(tokens.max(BLOCK) * width, 0.0);
+        task.keys(simd, &mut scratch.rows[..tokens * width]);
+        let rows = Matrix::new(&scratch.rows, tokens, width);
+        lay_keys(rows, &runs, &mut scratch.keys);
+        lay_dimensions(task.values(), &runs, &mut scratch.values_across);
+        scratch.queries.resize(width, [0.0; COLUMNS]);
+        let across = width.next_multiple_of(ROWS);
+        scratch.across.resize(across, [0.0; COLUMNS]);
+        for block in task.blocks(&runs) {
+            task.queries(simd, &block, &mut scratch.rows[..BLOCK * width]);
+            scratch.scores.resize(block.stride(), [0.0; COLUMNS]);
+            for panel in 0..block.panels() {
+                let rows = &scratch.rows[panel * COLUMNS * width..];
+                lay_panel(rows, width, &mut scratch.queries);
+                let scores = &mut scratch.scores[..block.rows(panel)];
+                let (keys, queries) = (&scratch.keys, &scratch.queries);
+                let shares =
+                    task.weights::<S, REGISTERS>(simd, (&block, panel), keys, queries, scores);
+                let seen = block.seen(panel);
+                let values = &scratch.values_across;
+                by_dimensions::<S, REGISTERS>(simd, values, scores, &seen, &mut scratch.across);
+                for across in &mut scratch.across {
+                    for (x, share) in across.iter_mut().zip(&shares) {
+                        *x *= share;
+                    }
+                }
+                // Queries of the panel are needed no more.
+                let queries = block.panel(panel);
+                let rows = &mut scratch.rows[panel * COLUMNS * width..][..COLUMNS * width];
+                rows_of_panel(&scratch.across, width, rows);
+                let first = task.column_of(block.query_head);
+                for (query, row) in queries.zip(rows.chunks_exact(width)) {
+                    let out = self.out.row(block.run.first + query);
+                    out[first..first + width].copy_from_slice(row);
+                }
             }
         }
     }
 }
 
-/// Columns of a row-major matrix of `rows` rows, to be written.
-#[expect(unsafe_code, reason = "a window of a slice")]
-fn columns_of(matrix: &mut [f32], rows: usize, first: usize, count: usize) -> Window {
-    let columns = matrix.len() / rows;
-    // SAFETY: the matrix is borrowed mutably until the window has been written, and by nobody else.
-    unsafe { Window::new(matrix.as_mut_ptr(), rows, columns).part(0..rows, first..first + count) }
+struct Backward<'a> {
+    task: Task<'a>,
+    scratch: &'a mut Scratch,
+    /// The gradient of what came out, `[tokens, heads of queries · width]`.
+    grad: &'a [f32],
+    /// Where those of the task's queries, keys and values go, in the rows of its family.
+    out: [Window; 3],
 }
 
-/// Rows of a row-major matrix, to be written.
-fn rows_of(matrix: &mut [f32], rows: Range<usize>, columns: usize) -> Window {
-    let matrix = &mut matrix[rows.start * columns..rows.end * columns];
-    columns_of(matrix, rows.len(), 0, columns)
+impl WithSimd for Backward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        by_registers!(self, simd)
+    }
+}
+
+impl Backward<'_> {
+    #[inline(always)]
+    fn run<S: Simd, const REGISTERS: usize>(self, simd: S) {
+        let Self {
+            task,
+            scratch,
+            grad,
+            out: [for_queries, for_keys, mut for_values],
+        } = self;
+        let width = task.heads.width;
+        let tokens = task.family.tokens();
+        let runs = task.runs();
+        let scale = 1.0 / (width as f32).sqrt();
+        scratch.rows.resize(tokens.len().max(BLOCK) * width, 0.0);
+        task.keys(simd, &mut scratch.rows[..tokens.len() * width]);
+        let rows = Matrix::new(&scratch.rows, tokens.len(), width);
+        lay_keys(rows, &runs, &mut scratch.keys);
+        lay_dimensions(rows, &runs, &mut scratch.keys_across);
+        lay_keys(task.values(), &runs, &mut scratch.values);
+        let dims = width.div_ceil(COLUMNS);
+        for sums in [&mut scratch.for_keys, &mut scratch.for_values] {
+            cleared(sums, keys_of(&runs) / ROWS * dims, [[0.0; COLUMNS]; ROWS]);
+        }
+        for panel in [&mut scratch.queries, &mut scratch.grads] {
+            panel.resize(width, [0.0; COLUMNS]);
+        }
+        for columns in [&mut scratch.query_columns, &mut scratch.grad_columns] {
+            cleared(columns, dims * BLOCK, [0.0; COLUMNS]);
+        }
+        let across = width.next_multiple_of(ROWS);
+        scratch.across.resize(across, [0.0; COLUMNS]);
+        let mut block_grad = vec![0.0; BLOCK * width];
+        let step = task.heads.queries * width;
+        for block in task.blocks(&runs) {
+            let stride = block.stride();
+            let queries = &mut scratch.rows[..BLOCK * width];
+            task.queries(simd, &block, queries);
+            lay_columns(queries, width, &mut scratch.query_columns);
+            let first = tokens.start + block.run.first + block.queries.start;
+            let (rows, rest) = block_grad.split_at_mut(block.queries.len() * width);
+            for (at, row) in rows.chunks_exact_mut(width).enumerate() {
+                let from = (first + at) * step + block.query_head * width;
+                row.copy_from_slice(&grad[from..from + width]);
+            }
+            rest.fill(0.0);
+            lay_columns(&block_grad, width, &mut scratch.grad_columns);
+            for scores in [&mut scratch.scores, &mut scratch.for_scores] {
+                scores.resize(block.panels() * stride, [0.0; COLUMNS]);
+            }
+            for panel in 0..block.panels() {
+                let first_row = panel * COLUMNS * width;
+                lay_panel(&scratch.rows[first_row..], width, &mut scratch.queries);
+                lay_panel(&block_grad[first_row..], width, &mut scratch.grads);
+                let rows = panel * stride..panel * stride + block.rows(panel);
+                let weights = &mut scratch.scores[rows.clone()];
+                let for_scores = &mut scratch.for_scores[rows];
+                let (keys, queries) = (&scratch.keys, &scratch.queries);
+                let shares =
+                    task.weights::<S, REGISTERS>(simd, (&block, panel), keys, queries, weights);
+                let seen = block.seen(panel);
+                let (values, grads) = (&scratch.values, &scratch.grads);
+                by_tiles::<S, REGISTERS>(simd, values, grads, &seen, for_scores);
+                softmax_backward::<S, REGISTERS>(simd, weights, shares, for_scores);
+                let keys = &scratch.keys_across;
+                by_dimensions::<S, REGISTERS>(simd, keys, for_scores, &seen, &mut scratch.across);
+                // Turned back from rows of queries, which are needed no more.
+                let queries = block.panel(panel);
+                let rows = &mut scratch.rows[first_row..][..COLUMNS * width];
+                rows_of_panel(&scratch.across, width, rows);
+                let first = block.run.first + queries.start;
+                let column = task.column_of(block.query_head);
+                let rows = Matrix::new(rows, queries.len(), width);
+                let places = first..first + queries.len();
+                let out = part(for_queries, places, column..column + width);
+                task.turn(simd, first, rows, out, (-1.0, scale));
+            }
+            // The queries hold the scale, so that the gradient of the keys has it too.
+            let columns = &scratch.query_columns;
+            by_keys::<S, REGISTERS>(
+                simd,
+                &block,
+                &scratch.for_scores,
+                columns,
+                &mut scratch.for_keys,
+            );
+            let columns = &scratch.grad_columns;
+            by_keys::<S, REGISTERS>(
+                simd,
+                &block,
+                &scratch.scores,
+                columns,
+                &mut scratch.for_values,
+            );
+        }
+        let rows = &mut scratch.rows[..tokens.len() * width];
+        for (token, key) in runs.iter().flat_map(|run| run.places()) {
+            let tile = key / ROWS * dims..(key / ROWS + 1) * dims;
+            let read = |sums: &[[Right; ROWS]], out: &mut [f32]| {
+                for (out, sums) in out.chunks_mut(COLUMNS).zip(&sums[tile.clone()]) {
+                    out.copy_from_slice(&sums[key % ROWS][..out.len()]);
+                }
+            };
+            read(&scratch.for_keys, &mut rows[token * width..][..width]);
+            read(&scratch.for_values, for_values.row(token));
+        }
+        let rows = Matrix::new(rows, tokens.len(), width);
+        task.turn(simd, 0, rows, for_keys, (-1.0, 1.0));
+    }
+}
+
+/// A row-major matrix, to be written.
+#[expect(unsafe_code, reason = "a window of a slice")]
+fn window(matrix: &mut [f32], rows: usize, columns: usize) -> Window {
+    assert_eq!(matrix.len(), rows * columns);
+    // SAFETY: the matrix is borrowed mutably until the window has been written, and by nobody else.
+    unsafe { Window::new(matrix.as_mut_ptr(), rows, columns) }
 }
 
 /// A part of a window of one thread.
@@ -445,46 +544,93 @@ fn part(window: Window, rows: Range<usize>, columns: Range<usize>) -> Window {
     unsafe { window.part(rows, columns) }
 }
 
-struct Softmax<'a> {
-    scores: &'a mut [f32],
-    block: &'a Block,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-impl WithSimd for Softmax<'_> {
-    type Output = ();
+    /// Sums of some dozen numbers of size one, with fused multiplications and without.
+    const ROUNDING: f32 = 1e-5;
+    /// Neither whole tiles of dimensions nor whole panels of them, and two query heads to one of keys.
+    const HEADS: Heads = Heads {
+        queries: 4,
+        keys: 2,
+        width: 22,
+    };
 
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _simd: S) {
-        let rows = self.scores.chunks_exact_mut(self.block.keys());
-        for (i, row) in rows.enumerate() {
-            let (seen, future) = row.split_at_mut(self.block.seen(i));
-            softmax_of_row(seen);
-            future.fill(0.0);
-        }
+    /// A prompt and completions that are no whole panels, and a text alone of more than a block.
+    fn spans() -> Spans {
+        let families = [
+            Family {
+                prompt: 0..7,
+                completions: vec![7..30, 30..31],
+            },
+            Family {
+                prompt: 31..31 + BLOCK + 9,
+                completions: Vec::new(),
+            },
+        ];
+        Spans::new(1, 31 + BLOCK + 9, families.to_vec())
     }
-}
 
-struct SoftmaxBackward<'a> {
-    weights: &'a [f32],
-    grad: &'a mut [f32],
-    block: &'a Block,
-}
+    fn noise(n: usize, seed: usize) -> Vec<f32> {
+        let number = |at: usize| ((at * 7919 + seed * 104_729) % 2003) as f32 / 1001.5 - 1.0;
+        (0..n).map(number).collect()
+    }
 
-impl WithSimd for SoftmaxBackward<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _simd: S) {
-        let keys = self.block.keys();
-        let rows = self.weights.chunks_exact(keys);
-        for (i, (weights, grad)) in rows.zip(self.grad.chunks_exact_mut(keys)).enumerate() {
-            let (grad, future) = grad.split_at_mut(self.block.seen(i));
-            let weights = &weights[..grad.len()];
-            let mean = dot(weights, grad);
-            for (grad, weight) in grad.iter_mut().zip(weights) {
-                *grad = weight * (*grad - mean);
+    /// What comes out and the gradient, by registers of some kind.
+    fn by<S: Simd>(simd: S) -> [Vec<f32>; 2] {
+        let spans = spans();
+        let tokens = spans.dims()[1];
+        let positions: Vec<u32> = (0..).take(tokens).collect();
+        let turns = Turns::new(HEADS.width, 1e4, &positions, tokens);
+        let outputs = HEADS.queries * HEADS.width;
+        let qkv = noise(tokens * HEADS.joined(), 1);
+        let grad = noise(tokens * outputs, 2);
+        let mut found = [
+            vec![f32::NAN; tokens * outputs],
+            vec![f32::NAN; tokens * HEADS.joined()],
+        ];
+        let [out, for_qkv] = &mut found;
+        let out = window(out, tokens, outputs);
+        let for_qkv = window(for_qkv, tokens, HEADS.joined());
+        let scratch = &mut Scratch::default();
+        for task in tasks(&qkv, HEADS, &spans, Some(&turns)) {
+            let rows = task.family.tokens();
+            let [queries, _, _] = task.columns();
+            let out = part(out, rows, queries);
+            Forward { task, scratch, out }.with_simd(simd);
+        }
+        for task in tasks(&qkv, HEADS, &spans, Some(&turns)) {
+            let rows = task.family.tokens();
+            let out = task
+                .columns()
+                .map(|columns| part(for_qkv, rows.clone(), columns));
+            let grad = &grad;
+            Backward {
+                task,
+                scratch,
+                grad,
+                out,
             }
-            future.fill(0.0);
+            .with_simd(simd);
+        }
+        found
+    }
+
+    #[test]
+    fn registers_of_every_width_compute_the_same() {
+        let one = by(pulp::Scalar);
+        for others in [
+            by(pulp::Scalar128b),
+            by(pulp::Scalar256b),
+            by(pulp::Scalar512b),
+        ] {
+            for (one, others) in one.iter().zip(others) {
+                for (at, (one, other)) in one.iter().zip(others).enumerate() {
+                    let gap = (one - other).abs();
+                    assert!(gap < ROUNDING * (1.0 + one.abs()), "{at}: {one} {other}");
+                }
+            }
         }
     }
 }

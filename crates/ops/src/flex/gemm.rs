@@ -91,41 +91,16 @@ pub(super) enum Into {
     Sum,
 }
 
-/// `a b`, on the thread that calls.
-///
-/// # Panics
-///
-/// If the shapes do not fit.
-pub(super) fn product(out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>) {
-    multiply(out, into, a, b, false);
-}
-
 /// `a b`, on all cores where it is worth it.
 ///
 /// # Panics
 ///
 /// If the shapes do not fit.
 pub(super) fn shared_product(out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>) {
-    let shared = a.rows * a.columns * b.columns >= WORTH_SHARING;
-    multiply(out, into, a, b, shared);
-}
-
-/// `a b` in memory of its own, row by row.
-#[expect(unsafe_code, reason = "the product fills fresh memory")]
-pub(super) fn new_product(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
-    let (rows, columns) = (a.rows, b.columns);
-    // SAFETY: a fresh product writes every number of its window.
-    unsafe {
-        written(rows * columns, |at| {
-            shared_product(Window::new(at, rows, columns), Into::Fresh, a, b);
-        })
-    }
-}
-
-fn multiply(out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>, shared: bool) {
     if !has_terms(out, into, a, b) {
         return;
     }
+    let shared = a.rows * a.columns * b.columns >= WORTH_SHARING;
     #[cfg(target_arch = "x86_64")]
     if a.rows >= WORTH_PACKING
         && let Some(simd) = super::tiles::processor()
@@ -139,6 +114,18 @@ fn multiply(out: Window, into: Into, a: Matrix<'_>, b: Matrix<'_>, shared: bool)
         gemm::Parallelism::None
     };
     gemm(out, into, a, b, parallelism);
+}
+
+/// `a b` in memory of its own, row by row.
+#[expect(unsafe_code, reason = "the product fills fresh memory")]
+pub(super) fn new_product(a: Matrix<'_>, b: Matrix<'_>) -> Vec<f32> {
+    let (rows, columns) = (a.rows, b.columns);
+    // SAFETY: a fresh product writes every number of its window.
+    unsafe {
+        written(rows * columns, |at| {
+            shared_product(Window::new(at, rows, columns), Into::Fresh, a, b);
+        })
+    }
 }
 
 /// Whether there is anything to add up. A fresh product of no terms is zero.

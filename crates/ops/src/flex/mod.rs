@@ -7,9 +7,12 @@ mod head;
 mod linear;
 mod memory;
 mod norm;
+mod panels;
 mod swiglu;
+mod tile;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
+mod turn;
 
 use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Flex, TensorMetadata};
@@ -232,49 +235,6 @@ impl WithSimd for MaskedSoftmax<'_> {
             softmax(scores, &hidden[..scores.len()]);
         }
     }
-}
-
-/// Weights of a row of which nothing is hidden, in place of its scores.
-///
-/// Rows are short, so that what whole registers leave is taken in one of its own, filled with scores
-/// of no weight: one by one, those numbers took as long as all others.
-#[inline(always)]
-fn softmax_of_row(scores: &mut [f32]) {
-    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
-    let mut last = [f32::NEG_INFINITY; LANES];
-    last[..rest.len()].copy_from_slice(rest);
-    let mut highest = last;
-    for scores in chunks.iter() {
-        for (highest, &score) in highest.iter_mut().zip(scores) {
-            *highest = larger(score, *highest);
-        }
-    }
-    let largest = folded(highest, larger);
-    let mut sums = [0.0_f32; LANES];
-    for scores in chunks.iter_mut() {
-        exps(scores, largest, &mut sums);
-    }
-    exps(&mut last, largest, &mut sums);
-    rest.copy_from_slice(&last[..rest.len()]);
-    let share = 1.0 / folded(sums, |a, b| a + b);
-    for score in scores {
-        *score *= share;
-    }
-}
-
-/// `exp(score − largest)` in place of scores, and added to the sums.
-#[inline(always)]
-fn exps(scores: &mut [f32; LANES], largest: f32, sums: &mut [f32; LANES]) {
-    for (sum, score) in sums.iter_mut().zip(scores) {
-        *score = exp(*score - largest);
-        *sum += *score;
-    }
-}
-
-/// The larger of two numbers; `b` if one is none.
-#[inline(always)]
-fn larger(a: f32, b: f32) -> f32 {
-    if a > b { a } else { b }
 }
 
 /// All lanes together, half with half: no number waits for more than a few others.

@@ -13,14 +13,8 @@ use rayon::prelude::*;
 
 use super::gemm::{Into, Matrix};
 use super::memory::{Window, prefetch};
+use super::tile::{COLUMNS, ROWS, Sums, add, none};
 
-/// Rows of a tile. Its sums are 12 of the 16 registers, which leaves two for `b` and one for `a`.
-const ROWS: usize = 6;
-/// Columns of a tile: two registers.
-const COLUMNS: usize = 16;
-/// Terms of a tile's sums to a turn of their loop. Of one alone, 12 multiply-adds, the turn itself is
-/// a twentieth.
-const UNROLLED: usize = 4;
 /// The most terms that are packed at a time, of a panel of `b` 27 KB. The product is read and written
 /// once for each such part of its terms.
 const DEPTH: usize = 432;
@@ -207,7 +201,8 @@ impl WithSimd for Block<'_> {
                 for row in index * ROWS..rows.min((index + 1) * ROWS) {
                     self.out.prefetch(row, column..column + count);
                 }
-                let sums = sums(simd, a, b);
+                let mut sums: Sums<S, 2> = none(simd);
+                add(simd, &mut sums, a, b);
                 for (row, sums) in sums.into_iter().enumerate() {
                     let row = index * ROWS + row;
                     if row < rows {
@@ -219,31 +214,6 @@ impl WithSimd for Block<'_> {
         }
         PACKED_A.set(packed);
     }
-}
-
-/// The sums of a tile.
-#[inline(always)]
-fn sums<S: Simd>(simd: S, a: &[[f32; ROWS]], b: &[[f32; COLUMNS]]) -> [[S::f32s; 2]; ROWS] {
-    let mut sums = [[simd.splat_f32s(0.0); 2]; ROWS];
-    let mut add = |a: &[f32; ROWS], b: &[f32; COLUMNS]| {
-        let (b, _) = S::as_simd_f32s(b);
-        for (&a, sums) in a.iter().zip(&mut sums) {
-            let a = simd.splat_f32s(a);
-            sums[0] = simd.mul_add_e_f32s(a, b[0], sums[0]);
-            sums[1] = simd.mul_add_e_f32s(a, b[1], sums[1]);
-        }
-    };
-    let (a, a_rest) = a.as_chunks::<UNROLLED>();
-    let (b, b_rest) = b.as_chunks::<UNROLLED>();
-    for (a, b) in a.iter().zip(b) {
-        for (a, b) in a.iter().zip(b) {
-            add(a, b);
-        }
-    }
-    for (a, b) in a_rest.iter().zip(b_rest) {
-        add(a, b);
-    }
-    sums
 }
 
 /// Writes or adds a row of a tile, as many of its numbers as there is room for.
