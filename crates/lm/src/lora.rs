@@ -380,14 +380,13 @@ impl Adapter {
     /// in what `x` is in.
     pub(crate) fn change(&self, x: Tensor<2>) -> Tensor<2> {
         let dtype = x.dtype();
-        x.matmul(self.a.val().cast(dtype))
-            .mul_scalar(self.scale)
-            .matmul(self.b.val().cast(dtype))
+        let inner = ops::linear(x, self.a.val().cast(dtype), None).mul_scalar(self.scale);
+        ops::linear(inner, self.b.val().cast(dtype), None)
     }
 
     /// What the adapter adds to the layer's matrix, `[inputs, outputs]`.
     pub(crate) fn product(&self) -> Tensor<2> {
-        self.a.val().mul_scalar(self.scale).matmul(self.b.val())
+        ops::linear(self.a.val().mul_scalar(self.scale), self.b.val(), None)
     }
 }
 

@@ -7,7 +7,7 @@ use burn::tensor::{Bool, DType, Device, FloatDType, Tensor, TensorData};
 
 #[cfg(feature = "flex")]
 use crate::fused;
-use crate::masked_softmax;
+use crate::{masked_softmax, product};
 
 /// Heads of attention, and their width.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -195,8 +195,9 @@ impl Turns {
         (&self.0.cos[at.clone()], &self.0.sin[at])
     }
 
-    /// Turns each head of `x`, `[batch, seq, heads, width]`.
-    pub fn apply(&self, x: Tensor<4>) -> Tensor<4> {
+    /// Cosines and sines, `[1 or batch, seq, 1, dims / 2]`, where `x` is, in its type and as much in a
+    /// graph as it.
+    fn tables<const D: usize>(&self, x: &Tensor<D>) -> [Tensor<4>; 2] {
         let tables = &*self.0;
         let [rows, seq, half] = tables.shape;
         let device = x.device().inner();
@@ -210,15 +211,14 @@ impl Turns {
             [cos, sin] if cos.device() == device => [cos.clone(), sin.clone()],
             _ => make(),
         };
-        let like = |table: Tensor<4>| {
-            let table = table.cast(x.dtype());
-            if x.is_autodiff() {
-                table.autodiff()
-            } else {
-                table
-            }
-        };
-        let (cos, sin) = (like(cos), like(sin));
+        [cos, sin].map(|table| like(table, x))
+    }
+
+    /// Turns each head of `x`, `[batch, seq, heads, width]`.
+    pub fn apply(&self, x: Tensor<4>) -> Tensor<4> {
+        let tables = &*self.0;
+        let half = tables.dims / 2;
+        let [cos, sin] = self.tables(&x);
         let [_, _, _, width] = x.dims();
         let first = x.clone().narrow(3, 0, half);
         let second = x.clone().narrow(3, half, half);
@@ -230,6 +230,16 @@ impl Turns {
             parts.push(x.narrow(3, tables.dims, width - tables.dims));
         }
         Tensor::cat(parts, 3)
+    }
+}
+
+/// A tensor without a graph, in the type of `x` and as much in a graph as it.
+fn like<const D: usize>(tensor: Tensor<4>, x: &Tensor<D>) -> Tensor<4> {
+    let tensor = tensor.cast(x.dtype());
+    if x.is_autodiff() {
+        tensor.autodiff()
+    } else {
+        tensor
     }
 }
 
@@ -260,6 +270,40 @@ pub fn attention(qkv: Tensor<2>, heads: Heads, spans: &Spans, turns: Option<&Tur
         let out = Dispatch::attention(qkv.into_dispatch(), heads, spans.clone(), turns.cloned());
         return Tensor::from_dispatch(out);
     }
+    let mask = spans.mask(&qkv.device().inner());
+    let mask = if qkv.is_autodiff() {
+        mask.autodiff()
+    } else {
+        mask
+    };
+    #[cfg(feature = "cube")]
+    if crate::is_card(&qkv) {
+        use crate::card::CardOps;
+        use burn::backend::Dispatch;
+
+        let (turned, [cos, sin]) = match turns {
+            Some(turns) => (turns.0.dims, turns.tables(&qkv)),
+            // Nothing reads it.
+            None => (
+                0,
+                [(); 2].map(|()| like(Tensor::zeros([1; 4], &qkv.device().inner()), &qkv)),
+            ),
+        };
+        let layout = crate::Layout {
+            heads,
+            batch,
+            seq,
+            turned,
+        };
+        let out = Dispatch::card_attention(
+            qkv.into_dispatch(),
+            cos.into_dispatch(),
+            sin.into_dispatch(),
+            mask.into_dispatch(),
+            layout,
+        );
+        return Tensor::from_dispatch(out);
+    }
     let part = |first: usize, count: usize| {
         let part = qkv
             .clone()
@@ -273,12 +317,6 @@ pub fn attention(qkv: Tensor<2>, heads: Heads, spans: &Spans, turns: Option<&Tur
     let query = turned(part(0, heads.queries));
     let key = turned(part(heads.queries, heads.keys)).swap_dims(1, 2);
     let value = part(heads.queries + heads.keys, heads.keys).swap_dims(1, 2);
-    let mask = spans.mask(&qkv.device().inner());
-    let mask = if qkv.is_autodiff() {
-        mask.autodiff()
-    } else {
-        mask
-    };
     attend(query, key, value, Some(mask))
 }
 
@@ -302,7 +340,7 @@ pub fn attend(
         .mul_scalar(1.0 / (width as f64).sqrt());
     let dtype = value.dtype();
     // Sums of exponentials are in f32 where the products are in less.
-    let scores = query.matmul(key.swap_dims(2, 3));
+    let scores = product(query, key.swap_dims(2, 3));
     let scores = match scores.dtype() {
         DType::BF16 | DType::F16 => scores.cast(FloatDType::F32),
         _ => scores,
@@ -312,9 +350,7 @@ pub fn attend(
         Some(hidden) => masked_softmax(scores, hidden),
         None => burn::tensor::activation::softmax(scores, 3),
     };
-    weights
-        .cast(dtype)
-        .matmul(value)
+    product(weights.cast(dtype), value)
         .reshape([batch, heads, seq, width])
         .swap_dims(1, 2)
         .reshape([batch * seq, heads * width])

@@ -41,6 +41,28 @@ impl<B: Ops> Backward<B, 1> for SwiGlu {
 }
 
 #[derive(Debug)]
+struct Product;
+
+impl<B: Ops> Backward<B, 2> for Product {
+    /// Both factors.
+    type State = (FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, step: Step<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let grad = grads.consume::<B>(&step.node);
+        let [for_a, for_b] = step.parents;
+        let (a, b) = step.state;
+        if let Some(node) = for_a {
+            let for_a = B::product(grad.clone(), B::float_swap_dims(b, 2, 3));
+            grads.register::<B>(node.id, for_a);
+        }
+        if let Some(node) = for_b {
+            let for_b = B::product(B::float_swap_dims(a, 2, 3), grad);
+            grads.register::<B>(node.id, for_b);
+        }
+    }
+}
+
+#[derive(Debug)]
 struct Linear;
 
 impl<B: Ops> Backward<B, 2> for Linear {
@@ -125,6 +147,18 @@ impl<B: Ops, C: CheckpointStrategy> Ops for Autodiff<B, C> {
         match step.stateful() {
             OpsKind::Tracked(step) => step.finish(joined.clone(), B::swiglu(joined)),
             OpsKind::UnTracked(step) => step.finish(B::swiglu(joined)),
+        }
+    }
+
+    fn product(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+        let step = Product.prepare::<C>([a.node(), b.node()]).compute_bound();
+        let (a, b) = (a.into_primitive(), b.into_primitive());
+        match step.stateful() {
+            OpsKind::Tracked(step) => {
+                let out = B::product(a.clone(), b.clone());
+                step.finish((a, b), out)
+            }
+            OpsKind::UnTracked(step) => step.finish(B::product(a, b)),
         }
     }
 

@@ -35,9 +35,14 @@ pub trait Ops: Backend {
         composed::swiglu_backward::<Self>(joined, grad)
     }
 
+    /// [`product`](crate::product), and that of two matrices.
+    fn product(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_matmul(a, b)
+    }
+
     /// [`linear`](crate::linear) without a bias.
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        composed::project::<Self>(x, weight)
+        Self::product(x, weight)
     }
 
     /// [`linear`](crate::linear) with a bias.
@@ -46,7 +51,7 @@ pub trait Ops: Backend {
         weight: FloatTensor<Self>,
         bias: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        composed::project_with_bias::<Self>(x, weight, bias)
+        composed::with_bias::<Self>(Self::product(x, weight), bias)
     }
 
     /// The gradient of a linear layer with respect to its input: `g wᵀ`.
@@ -54,12 +59,12 @@ pub trait Ops: Backend {
         grad: FloatTensor<Self>,
         weight: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        composed::project_backward_input::<Self>(grad, weight)
+        Self::product(grad, Self::float_swap_dims(weight, 0, 1))
     }
 
     /// The gradient of a linear layer with respect to its weight: `xᵀ g`.
     fn project_backward_weight(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
-        composed::project_backward_weight::<Self>(x, grad)
+        Self::product(Self::float_swap_dims(x, 0, 1), grad)
     }
 
     /// The gradient of a linear layer with respect to its bias: the sum of the rows.
@@ -103,9 +108,3 @@ pub trait Ops: Backend {
         composed::sum_of_squares::<Self>(x)
     }
 }
-
-#[cfg(feature = "wgpu")]
-impl Ops for burn::backend::Wgpu {}
-// The two are one type of backend.
-#[cfg(all(feature = "cuda", not(feature = "wgpu")))]
-impl Ops for burn::backend::Cuda {}

@@ -66,24 +66,6 @@ fn halves<B: Backend>(joined: FloatTensor<B>) -> [FloatTensor<B>; 2] {
     })
 }
 
-pub(crate) fn project<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
-    B::float_matmul(x, weight)
-}
-
-pub(crate) fn project_backward_input<B: Backend>(
-    grad: FloatTensor<B>,
-    weight: FloatTensor<B>,
-) -> FloatTensor<B> {
-    B::float_matmul(grad, B::float_swap_dims(weight, 0, 1))
-}
-
-pub(crate) fn project_backward_weight<B: Backend>(
-    x: FloatTensor<B>,
-    grad: FloatTensor<B>,
-) -> FloatTensor<B> {
-    B::float_matmul(B::float_swap_dims(x, 0, 1), grad)
-}
-
 pub(crate) fn accumulate<B: Backend>(sum: FloatTensor<B>, x: FloatTensor<B>) -> FloatTensor<B> {
     B::float_add(sum, x)
 }
@@ -94,14 +76,10 @@ pub(crate) fn sum_of_squares<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
     B::float_sum(B::float_mul(x.clone(), x))
 }
 
-pub(crate) fn project_with_bias<B: Backend>(
-    x: FloatTensor<B>,
-    weight: FloatTensor<B>,
-    bias: FloatTensor<B>,
-) -> FloatTensor<B> {
+/// A number more in each row's place of it.
+pub(crate) fn with_bias<B: Backend>(x: FloatTensor<B>, bias: FloatTensor<B>) -> FloatTensor<B> {
     let columns = bias.shape()[0];
-    let bias = B::float_reshape(bias, Shape::new([1, columns]));
-    B::float_add(B::float_matmul(x, weight), bias)
+    B::float_add(x, B::float_reshape(bias, Shape::new([1, columns])))
 }
 
 pub(crate) fn sum_of_rows<B: Backend>(grad: FloatTensor<B>) -> FloatTensor<B> {

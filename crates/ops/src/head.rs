@@ -1,5 +1,7 @@
 //! Logps of tokens straight from hidden states.
 
+use burn::backend::Dispatch;
+use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Int, Tensor};
 
 /// Statistics of a row of logits.
@@ -22,8 +24,10 @@ pub struct HeadOutput {
 /// distribution; `None` where no fused version is at hand, and logits are to be made.
 ///
 /// `weight` is the head's, `[width, vocab]`, or if `tied` the table of embeddings, `[vocab, width]`.
-/// Logits live for some rows at a time: the memory does not grow with the vocabulary, and a gradient
-/// recomputes them where they were not few enough to keep.
+/// On the processor logits live for some rows at a time: the memory does not grow with the vocabulary,
+/// and a gradient recomputes them where they were not few enough to keep. On a card there is one table
+/// of them, in the type of `hidden`, which its gradient takes the place of; logps and statistics are in
+/// f32 either way.
 ///
 /// # Panics
 ///
@@ -38,17 +42,8 @@ pub fn head_logps(
     let inner = weight.dims()[usize::from(tied)];
     assert_eq!(width, inner, "a weight for each number of a hidden state");
     assert_eq!(targets.dims(), [n], "a target for each hidden state");
-    #[cfg(feature = "flex")]
-    if crate::fused(hidden) {
-        use crate::host::HostOps;
-        use burn::backend::Dispatch;
-
-        let (logps, stats) = Dispatch::head(
-            hidden.clone().into_dispatch(),
-            weight.clone().into_dispatch(),
-            targets.clone().into_dispatch(),
-            tied,
-        );
+    let parts = parts(hidden, weight, targets, tied);
+    parts.map(|(logps, stats)| {
         let stats: Tensor<2> = Tensor::from_dispatch(stats);
         let stats = if stats.is_autodiff() {
             stats.inner()
@@ -56,12 +51,47 @@ pub fn head_logps(
             stats
         };
         let stat = |at: usize| stats.clone().narrow(0, at, 1).reshape([n]);
-        return Some(HeadOutput {
+        HeadOutput {
             logps: Tensor::from_dispatch(logps),
             entropy: stat(0),
             mean_logit: stat(1),
             top1: stat(2),
-        });
+        }
+    })
+}
+
+/// Logps and statistics, where a fused version is at hand.
+#[cfg_attr(
+    not(any(feature = "flex", feature = "cube")),
+    expect(unused_variables, reason = "nothing is at hand")
+)]
+fn parts(
+    hidden: &Tensor<2>,
+    weight: &Tensor<2>,
+    targets: &Tensor<1, Int>,
+    tied: bool,
+) -> Option<(FloatTensor<Dispatch>, FloatTensor<Dispatch>)> {
+    #[cfg(any(feature = "flex", feature = "cube"))]
+    let inputs = || {
+        let (hidden, weight) = (
+            hidden.clone().into_dispatch(),
+            weight.clone().into_dispatch(),
+        );
+        (hidden, weight, targets.clone().into_dispatch())
+    };
+    #[cfg(feature = "flex")]
+    if crate::fused(hidden) {
+        let (hidden, weight, targets) = inputs();
+        return Some(<Dispatch as crate::HostOps>::head(
+            hidden, weight, targets, tied,
+        ));
+    }
+    #[cfg(feature = "cube")]
+    if crate::is_card(hidden) {
+        let (hidden, weight, targets) = inputs();
+        return Some(<Dispatch as crate::CardOps>::card_head(
+            hidden, weight, targets, tied,
+        ));
     }
     None
 }

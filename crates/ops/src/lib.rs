@@ -22,7 +22,11 @@
 mod attention;
 mod autodiff;
 mod backend;
+#[cfg(feature = "cube")]
+mod card;
 mod composed;
+#[cfg(feature = "cube")]
+mod cube;
 mod exp;
 #[cfg(feature = "flex")]
 mod flex;
@@ -35,6 +39,8 @@ use burn::tensor::{Bool, Device, Tensor};
 
 pub use attention::{Family, Heads, Spans, Turns, attend, attention};
 pub use backend::Ops;
+#[cfg(feature = "cube")]
+pub use card::{CardOps, Layout};
 pub use exp::{exp, exp_lanes};
 pub use head::{HeadOutput, head_logps};
 #[cfg(feature = "flex")]
@@ -47,6 +53,17 @@ const FUSED: bool = cfg!(any(feature = "flex", feature = "wgpu", feature = "cuda
 #[cfg(feature = "flex")]
 fn fused<const D: usize>(tensor: &Tensor<D>) -> bool {
     packs(&tensor.device()) && tensor.dtype() == burn::tensor::DType::F32
+}
+
+/// Whether a tensor is on a card, whose version of an operation is at hand.
+#[cfg(feature = "cube")]
+fn is_card<const D: usize>(tensor: &Tensor<D>) -> bool {
+    use burn::backend::DispatchDevice;
+
+    matches!(
+        tensor.device().inner().as_dispatch(),
+        DispatchDevice::Cube(_)
+    )
 }
 
 /// Whether [`attention`] on a device takes as long for texts one after the other in one row as for a
@@ -100,6 +117,24 @@ pub fn swiglu(joined: Tensor<2>) -> Tensor<2> {
         composed::swiglu::<Dispatch>
     };
     Tensor::from_dispatch(run(joined.into_dispatch()))
+}
+
+/// Products of matrices, `[batch, heads, m, n]`, of `[batch, heads, m, k]` and `[batch, heads, k, n]`.
+///
+/// # Panics
+///
+/// If the shapes do not fit.
+pub fn product(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
+    let ([batch, heads, _, k], [batches, b_heads, b_k, _]) = (a.dims(), b.dims());
+    assert_eq!(
+        [batch, heads, k],
+        [batches, b_heads, b_k],
+        "a row for each column"
+    );
+    if !FUSED {
+        return a.matmul(b);
+    }
+    Tensor::from_dispatch(Dispatch::product(a.into_dispatch(), b.into_dispatch()))
 }
 
 /// `x w + b`, `[rows, outputs]`, of `x`, `[rows, inputs]`, a weight `[inputs, outputs]` and perhaps a

@@ -37,6 +37,8 @@ struct Task<'a> {
 struct Scratch {
     /// Rows of a head, turned or to be turned back, `[tokens, width]`.
     rows: Vec<f32>,
+    /// A block's gradients of outputs, `[BLOCK, width]`.
+    grad_rows: Vec<f32>,
     /// Turned keys by tiles, and each tile by dimensions.
     keys: Vec<Left>,
     /// Values in the same way.
@@ -450,7 +452,7 @@ impl Backward<'_> {
         }
         let across = width.next_multiple_of(ROWS);
         scratch.across.resize(across, [0.0; COLUMNS]);
-        let mut block_grad = vec![0.0; BLOCK * width];
+        scratch.grad_rows.resize(BLOCK * width, 0.0);
         let step = task.heads.queries * width;
         for block in task.blocks(&runs) {
             let stride = block.stride();
@@ -458,20 +460,20 @@ impl Backward<'_> {
             task.queries(simd, &block, queries);
             lay_columns(queries, width, &mut scratch.query_columns);
             let first = tokens.start + block.run.first + block.queries.start;
-            let (rows, rest) = block_grad.split_at_mut(block.queries.len() * width);
+            let (rows, rest) = scratch.grad_rows.split_at_mut(block.queries.len() * width);
             for (at, row) in rows.chunks_exact_mut(width).enumerate() {
                 let from = (first + at) * step + block.query_head * width;
                 row.copy_from_slice(&grad[from..from + width]);
             }
             rest.fill(0.0);
-            lay_columns(&block_grad, width, &mut scratch.grad_columns);
+            lay_columns(&scratch.grad_rows, width, &mut scratch.grad_columns);
             for scores in [&mut scratch.scores, &mut scratch.for_scores] {
                 scores.resize(block.panels() * stride, [0.0; COLUMNS]);
             }
             for panel in 0..block.panels() {
                 let first_row = panel * COLUMNS * width;
                 lay_panel(&scratch.rows[first_row..], width, &mut scratch.queries);
-                lay_panel(&block_grad[first_row..], width, &mut scratch.grads);
+                lay_panel(&scratch.grad_rows[first_row..], width, &mut scratch.grads);
                 let rows = panel * stride..panel * stride + block.rows(panel);
                 let weights = &mut scratch.scores[rows.clone()];
                 let for_scores = &mut scratch.for_scores[rows];

@@ -14,6 +14,7 @@ mod tile;
 mod tiles;
 mod turn;
 
+use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::DType;
@@ -93,7 +94,7 @@ impl Ops for Flex {
 
     fn project(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         if x.dtype() != DType::F32 {
-            return composed::project::<Self>(x, weight);
+            return Self::product(x, weight);
         }
         linear::linear(&x, &weight, None)
     }
@@ -104,7 +105,7 @@ impl Ops for Flex {
         bias: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         if x.dtype() != DType::F32 {
-            return composed::project_with_bias::<Self>(x, weight, bias);
+            return composed::with_bias::<Self>(Self::product(x, weight), bias);
         }
         linear::linear(&x, &weight, Some(&bias))
     }
@@ -114,14 +115,14 @@ impl Ops for Flex {
         weight: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         if grad.dtype() != DType::F32 {
-            return composed::project_backward_input::<Self>(grad, weight);
+            return Self::product(grad, Self::float_swap_dims(weight, 0, 1));
         }
         linear::backward_input(&grad, &weight)
     }
 
     fn project_backward_weight(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
         if grad.dtype() != DType::F32 {
-            return composed::project_backward_weight::<Self>(x, grad);
+            return Self::product(Self::float_swap_dims(x, 0, 1), grad);
         }
         linear::backward_weight(&x, &grad)
     }
@@ -235,19 +236,6 @@ impl WithSimd for MaskedSoftmax<'_> {
             softmax(scores, &hidden[..scores.len()]);
         }
     }
-}
-
-/// All lanes together, half with half: no number waits for more than a few others.
-#[inline(always)]
-fn folded(mut lanes: [f32; LANES], of: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut half = LANES / 2;
-    while half > 0 {
-        for lane in 0..half {
-            lanes[lane] = of(lanes[lane], lanes[lane + half]);
-        }
-        half /= 2;
-    }
-    lanes[0]
 }
 
 /// A NaN that is not hidden makes the whole row NaN.

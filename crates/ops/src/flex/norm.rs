@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::linear::add_up;
 use super::memory::{Window, tensor, values, written};
-use super::{LANES, PIECE, folded};
+use super::{LANES, PIECE};
 
 /// `x / rms(x) · weight`, row by row.
 #[expect(unsafe_code, reason = "rows are written to fresh memory")]
@@ -98,7 +98,20 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
         }
     }
     let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    folded(sums, |a, b| a + b) + rest
+    folded(sums) + rest
+}
+
+/// The sum of all lanes, half with half: no number waits for more than a few others.
+#[inline(always)]
+fn folded(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
 }
 
 /// What a row is divided by, inverted: the square root of the mean square.

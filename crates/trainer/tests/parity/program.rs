@@ -67,11 +67,11 @@ fn long_and_short(folder: &Path) -> std::path::PathBuf {
     )
 }
 
-/// Only a driver whose buffers are small can be filled so fast.
+/// Only a driver whose buffers are small can be filled so fast, as that of Mesa that computes on the CPU.
 #[cfg(feature = "wgpu")]
 #[test]
 fn a_device_without_memory_ends_the_run_by_name_and_leaves_the_checkpoint_whole() {
-    if device() != "wgpu" {
+    if device() != "wgpu" || !line_of_the_device().contains("llvmpipe") {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
@@ -148,14 +148,19 @@ fn a_machine_without_a_driver_is_told_what_to_install() {
 
 #[test]
 fn the_list_of_devices_has_the_one_under_test() {
+    let line = line_of_the_device();
+    assert!(!line.contains("not usable"), "{line}");
+}
+
+/// What `r2q devices` says of the device under test, behind a line for the CPU.
+fn line_of_the_device() -> String {
     let output = r2q().arg("devices").output().unwrap();
     let said = String::from_utf8(output.stdout).unwrap();
-    let name = if device() == "cuda" {
-        "cuda:0".into()
-    } else {
-        device()
-    };
-    let line = said.lines().find(|line| line.starts_with(&name)).unwrap();
-    assert!(!line.contains("not usable"), "{said}");
     assert!(said.starts_with("cpu "), "{said}");
+    let name = match device() {
+        name if name == "cuda" => "cuda:0".into(),
+        name => name,
+    };
+    let line = said.lines().find(|line| line.starts_with(&name));
+    line.unwrap().into()
 }
