@@ -89,8 +89,8 @@ class Bench:
         if args.device == "cpu":
             self.env["CUDA_VISIBLE_DEVICES"] = ""
         self.ceilings = {
-            "r2q": self.start(self.r2q("ceilings", "--threads", args.threads)),
-            "torch": self.start(self.python("peer_gemm.py")),
+            "r2q": self.start(self.r2q("ceilings", "--threads", args.threads, *self.precision())),
+            "torch": self.start(self.python("peer_gemm.py", *self.precision())),
         }
         self.cases = []
 
@@ -324,15 +324,16 @@ def tables(results):
     about, cases = results["machine"], results["cases"]
     versions = {name: value for case in cases for facts in case["programs"].values()
                 for name, value in facts.items() if name in ("torch", "transformers", "trl")}
+    precision = results.get("precision", "f32")
     card = f"{about['card']}, " if about.get("card") else ""
     yield (f"{card}{about['processor']} ({', '.join(about['vector_units'])}), {about['threads']} threads of "
            f"{about['cores']} cores, load before {about['load_before']:.1f}, {about['date']}, commit "
            f"{about['commit']}, {about['rustc']}, " + ", ".join(f"{n} {v}" for n, v in versions.items())
-           + f". Products in {results.get('precision', 'f32')}. Medians of {results['repetitions']} rounds (least to most).")
+           + f". Products in {precision}. Medians of {results['repetitions']} rounds (least to most).")
     rounds = {"cases": cases, "rounds": [answers for case in cases for answers in case["rounds"]]}
     yield table(["ceiling, over all rounds", "rate"], [
-        ["f32 gemm of 2048³, torch, GFLOP/s", spread(ceiling(rounds, "torch", "gemm_gflops"))],
-        ["f32 gemm of 2048³, r2q, GFLOP/s", spread(ceiling(rounds, "r2q", "gemm_gflops"))],
+        [f"{precision} gemm of 2048³, torch, GFLOP/s", spread(ceiling(rounds, "torch", "gemm_gflops"))],
+        [f"{precision} gemm of 2048³, r2q, GFLOP/s", spread(ceiling(rounds, "r2q", "gemm_gflops"))],
         ["memory read, GB/s", spread(ceiling(rounds, "r2q", "read_gb_per_s"))]])
     by_suite = {name: [case for case in cases if case["suite"] == name] for name in ("decode", "train")}
     if by_suite["decode"]:

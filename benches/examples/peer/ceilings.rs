@@ -3,9 +3,11 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::tensor::{Device, Distribution, FloatDType, Tensor};
 use clap::Args;
 use serde_json::json;
+
+use crate::decode::PrecisionName;
 
 /// Tries of each rate in a run, of which the best counts.
 const TRIES: usize = 5;
@@ -24,13 +26,20 @@ pub(crate) struct Ceilings {
     /// Where to multiply.
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// What to multiply in.
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: PrecisionName,
 }
 
 pub(crate) fn serve(case: &Ceilings) -> anyhow::Result<()> {
     let device = trainer::device(&case.device)?;
     let matrix = || {
         let normal = Distribution::Normal(0.0, 1.0);
-        Tensor::<2>::random([case.size, case.size], normal, &device)
+        let matrix = Tensor::<2>::random([case.size, case.size], normal, &device);
+        matrix.cast(match case.precision {
+            PrecisionName::F32 => FloatDType::F32,
+            PrecisionName::Bf16 => FloatDType::BF16,
+        })
     };
     let (a, b) = (matrix(), matrix());
     let memory = vec![1_u64; case.mebibytes << 17];
@@ -56,7 +65,7 @@ fn best(task: impl Fn()) -> f64 {
 }
 
 fn multiply(a: &Tensor<2>, b: &Tensor<2>, device: &Device) {
-    black_box(a.clone().matmul(b.clone()));
+    black_box(ops::linear(a.clone(), b.clone(), None));
     device.sync().expect("a working device finishes its work");
 }
 
