@@ -31,7 +31,7 @@ pub struct HeadOutput {
 ///
 /// # Panics
 ///
-/// If the shapes do not fit, or a target is not in the vocabulary.
+/// If the shapes do not fit, the types differ, or a target is not in the vocabulary.
 pub fn head_logps(
     hidden: &Tensor<2>,
     weight: &Tensor<2>,
@@ -42,6 +42,7 @@ pub fn head_logps(
     let inner = weight.dims()[usize::from(tied)];
     assert_eq!(width, inner, "a weight for each number of a hidden state");
     assert_eq!(targets.dims(), [n], "a target for each hidden state");
+    assert_eq!(hidden.dtype(), weight.dtype(), "{}", crate::ONE_TYPE);
     let parts = parts(hidden, weight, targets, tied);
     parts.map(|(logps, stats)| {
         let stats: Tensor<2> = Tensor::from_dispatch(stats);

@@ -49,6 +49,9 @@ pub use host::HostOps;
 /// Whether a feature names a backend to route to. Without one, everything is composed.
 const FUSED: bool = cfg!(any(feature = "flex", feature = "wgpu", feature = "cuda"));
 
+/// What kernels that read memory as numbers of a type rely on.
+const ONE_TYPE: &str = "numbers of one type";
+
 /// Whether the processor's own version of an operation is at hand for a tensor.
 #[cfg(feature = "flex")]
 fn fused<const D: usize>(tensor: &Tensor<D>) -> bool {
@@ -123,7 +126,7 @@ pub fn swiglu(joined: Tensor<2>) -> Tensor<2> {
 ///
 /// # Panics
 ///
-/// If the shapes do not fit.
+/// If the shapes do not fit, or the types differ.
 pub fn product(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
     let ([batch, heads, _, k], [batches, b_heads, b_k, _]) = (a.dims(), b.dims());
     assert_eq!(
@@ -131,6 +134,7 @@ pub fn product(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
         [batches, b_heads, b_k],
         "a row for each column"
     );
+    assert_eq!(a.dtype(), b.dtype(), "{ONE_TYPE}");
     if !FUSED {
         return a.matmul(b);
     }
@@ -142,10 +146,11 @@ pub fn product(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
 ///
 /// # Panics
 ///
-/// If the shapes do not fit.
+/// If the shapes do not fit, or the types differ.
 pub fn linear(x: Tensor<2>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<2> {
     let [inputs, outputs] = weight.dims();
     assert_eq!(x.dims()[1], inputs, "a row of weights for each input");
+    assert_eq!(x.dtype(), weight.dtype(), "{ONE_TYPE}");
     if !FUSED {
         return burn::tensor::module::linear(x, weight, bias);
     }
@@ -206,11 +211,12 @@ pub fn joined_linear(x: Tensor<2>, weights: &[Tensor<2>]) -> Tensor<2> {
 ///
 /// # Panics
 ///
-/// If it has not.
+/// If it has not, or the types differ.
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
     let shape = x.shape();
     let [n] = weight.dims();
     assert_eq!(shape[D - 1], n, "a weight for each number of a row");
+    assert_eq!(x.dtype(), weight.dtype(), "{ONE_TYPE}");
     let rows = x.reshape([shape.num_elements() / n, n]);
     let run = if FUSED {
         Dispatch::rms_norm

@@ -5,13 +5,12 @@ use burn::backend::TensorMetadata;
 use burn::backend::ops::FloatTensorOps;
 use burn::tensor::Shape;
 use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::product::product;
 use super::rows::{masked_softmax, softmax_backward};
-use super::{Card, elem, units};
+use super::{Card, elem, fresh, units};
 use crate::card::Layout;
 
 /// What the way back of attention needs: heads that share keys are stacked, `[key heads * batch, 1,
@@ -194,10 +193,9 @@ pub(crate) fn attention(
     layout: Layout,
 ) -> (CubeTensor, Kept) {
     let qkv = into_contiguous(qkv);
-    let [queries, keys, values] = [layout.heads.queries / layout.heads.keys, 1, 1].map(|stacked| {
-        let shape = layout.stacked(stacked);
-        empty_device_contiguous_dtype(qkv.client.clone(), qkv.device.clone(), shape, qkv.dtype)
-    });
+    let groups = layout.heads.queries / layout.heads.keys;
+    let [queries, keys, values] =
+        [groups, 1, 1].map(|stacked| fresh(&qkv, layout.stacked(stacked), qkv.dtype));
     let [cos, sin] = tables.clone().map(into_contiguous);
     let (count, dim) = units(&qkv);
     let dtype = elem(&qkv);
@@ -241,12 +239,8 @@ pub(crate) fn attention_backward(
     let for_keys = product(turned_over(&for_scores), kept.queries);
     let for_queries = product(for_scores, kept.keys);
     let (heads, tokens) = (layout.heads, layout.batch * layout.seq);
-    let out = empty_device_contiguous_dtype(
-        for_keys.client.clone(),
-        for_keys.device.clone(),
-        Shape::new([tokens, heads.joined()]),
-        for_keys.dtype,
-    );
+    let shape = Shape::new([tokens, heads.joined()]);
+    let out = fresh(&for_keys, shape, for_keys.dtype);
     let [cos, sin] = tables.clone().map(into_contiguous);
     let (count, dim) = units(&out);
     from_heads_kernel::launch(

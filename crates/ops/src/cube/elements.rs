@@ -3,11 +3,10 @@
 use burn::backend::TensorMetadata;
 use burn::tensor::Shape;
 use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
-use super::{elem, like, own, units};
+use super::{elem, fresh, like, own, units};
 use crate::AdamWStep;
 
 /// `gate · σ(gate) · up` of rows that hold both side by side.
@@ -83,12 +82,7 @@ pub(super) fn swiglu(joined: CubeTensor) -> CubeTensor {
     let joined = into_contiguous(joined);
     let shape = joined.shape();
     let columns = shape[1] / 2;
-    let out = empty_device_contiguous_dtype(
-        joined.client.clone(),
-        joined.device.clone(),
-        Shape::new([shape[0], columns]),
-        joined.dtype,
-    );
+    let out = fresh(&joined, Shape::new([shape[0], columns]), joined.dtype);
     let (count, dim) = units(&out);
     swiglu_kernel::launch(
         &out.client,

@@ -5,13 +5,12 @@ use burn::backend::TensorMetadata;
 use burn::backend::ops::FloatTensorOps;
 use burn::tensor::{DType, Shape};
 use burn_cubecl::kernel::into_contiguous;
-use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::product::product;
 use super::rows::{NOWHERE, cubes, together};
-use super::{Card, elem, own, units};
+use super::{Card, elem, fresh, own, units};
 use crate::head::STATS;
 
 /// What the way back of a head needs.
@@ -57,11 +56,8 @@ fn head_kernel<F: Float, I: Int>(
         token += CUBE_DIM_X as usize;
     }
     let highest = together(highest, true);
-    sync_cube();
     let plain = together(plain, false);
-    sync_cube();
     let better = together(better, true);
-    sync_cube();
     let mut sum = f32::new(0.0);
     let mut weighted = f32::new(0.0);
     let mut token = UNIT_POS_X as usize;
@@ -73,7 +69,6 @@ fn head_kernel<F: Float, I: Int>(
         token += CUBE_DIM_X as usize;
     }
     let sum = together(sum, false);
-    sync_cube();
     let weighted = together(weighted, false);
     if UNIT_POS_X == 0 {
         let log_sum = sum.ln();
@@ -122,10 +117,7 @@ pub(crate) fn head(
     let logits = into_contiguous(product(hidden, weight));
     let targets = into_contiguous(targets);
     let (count, dim, [rows, vocab]) = cubes(&logits);
-    let fresh = |shape: Shape| {
-        let (client, device) = (logits.client.clone(), logits.device.clone());
-        empty_device_contiguous_dtype(client, device, shape, DType::F32)
-    };
+    let fresh = |shape| fresh(&logits, shape, DType::F32);
     let (logps, totals) = (fresh(Shape::new([rows])), fresh(Shape::new([rows])));
     let stats = fresh(Shape::new([STATS, rows]));
     if rows > 0 {

@@ -13,6 +13,7 @@ mod rows;
 use burn::backend::TensorMetadata;
 use burn::backend::cubecl::dtype_to_storage_type;
 use burn::backend::tensor::{BoolTensor, FloatTensor};
+use burn::tensor::{DType, Shape};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
@@ -74,18 +75,25 @@ impl Ops for Card {
         second: FloatTensor<Self>,
         step: AdamWStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        if [&value, &grad, &first, &second]
+            .iter()
+            .any(|x| x.dtype != DType::F32)
+        {
+            return composed::adamw::<Self>(value, grad, (first, second), step);
+        }
         elements::adamw([value, first, second], grad, step)
     }
 }
 
-/// Fresh memory for as many numbers as a tensor has, row by row.
+/// Fresh memory of a shape, row by row: what Burn makes by itself may have gaps between rows, on CUDA
+/// where they are no multiple of some bytes.
+fn fresh(like: &CubeTensor, shape: Shape, dtype: DType) -> CubeTensor {
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape, dtype)
+}
+
+/// Fresh memory for as many numbers as a tensor has.
 fn like(tensor: &CubeTensor) -> CubeTensor {
-    empty_device_contiguous_dtype(
-        tensor.client.clone(),
-        tensor.device.clone(),
-        tensor.meta.shape().clone(),
-        tensor.dtype,
-    )
+    fresh(tensor, tensor.shape(), tensor.dtype)
 }
 
 /// The tensor row by row, in memory that nobody else holds.
@@ -94,7 +102,7 @@ fn own(tensor: CubeTensor) -> CubeTensor {
     if tensor.can_mut() {
         tensor
     } else {
-        tensor.copy()
+        into_contiguous(tensor.copy())
     }
 }
 

@@ -32,7 +32,10 @@ pub(super) fn together(value: f32, #[comptime] largest: bool) -> f32 {
         sync_cube();
         half /= 2;
     }
-    shared[0]
+    let all = shared[0];
+    // Nobody writes to the memory again before all have read it.
+    sync_cube();
+    all
 }
 
 #[cube(launch, address_type = "dynamic")]
@@ -176,8 +179,6 @@ fn rms_norm_backward_kernel<F: Float>(
         sum += product * f32::cast_from(weight[column]);
         column += CUBE_DIM_X as usize;
     }
-    // Before the memory that the units share is written to again, all have read it.
-    sync_cube();
     let along = together(sum, false) / f32::cast_from(columns as u32);
     let mut column = UNIT_POS_X as usize;
     while column < columns {
