@@ -2,9 +2,10 @@
 //!
 //! Burn composes a masked softmax or a `SwiGLU` of many small operations, and its CPU backend takes
 //! exponentials one number at a time: together that was more than a third of a forward pass. Here
-//! each is one pass over memory in the widest registers of the processor, on all cores. Backends
-//! without a version of their own run the same formula composed of Burn's operations; the tests
-//! hold both against each other, and the gradients against finite differences in f64.
+//! each is one pass over memory in the widest registers of the processor, on all cores, and on cards a
+//! kernel or two, in CUDA or WGSL. Backends without a version of their own run the same formula composed of
+//! Burn's operations; the tests hold all against each other, and the gradients against finite differences
+//! in f64.
 //!
 //! # Examples
 //!
