@@ -1,6 +1,6 @@
 //! The operations of `crates/ops`: values, and the gradients of every input.
 
-use burn::tensor::{Bool, Device, Tensor, TensorData};
+use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
 use ops::{AdamWStep, Family, Heads, Spans, Turns};
 
 use super::{OP_TOLERANCE, assert_close, noise, numbers, on_both};
@@ -115,6 +115,51 @@ fn norms_agree() {
 #[test]
 fn swiglu_agrees() {
     agrees(&[&[7, 66]], 20.0, |x| flat(ops::swiglu(x.get(0))));
+}
+
+#[test]
+fn products_agree() {
+    // Few rows, one column, few columns, and more than a kernel's tile of each.
+    for [m, k, n] in [[3, 5, 1], [3, 5, 6], [9, 16, 4], [70, 33, 66]] {
+        agrees(&[&[2, 3, m, k], &[2, 3, k, n]], 1.0, |x| {
+            flat(ops::product(x.get(0), x.get(1)))
+        });
+        // A factor that stands column by column.
+        agrees(&[&[2, 3, m, k], &[2, 3, n, k]], 1.0, |x| {
+            flat(ops::product(x.get(0), x.get::<4>(1).swap_dims(2, 3)))
+        });
+    }
+}
+
+#[test]
+fn heads_agree() {
+    let targets = [0, 10, 3, 3, 7];
+    for (tied, weight) in [(false, [8, 11]), (true, [11, 8])] {
+        let head = |x: &Inputs| {
+            let targets = Tensor::<1, Int>::from_ints(targets, &x.device);
+            ops::head_logps(&x.get(0), &x.get(1), tied, &targets).unwrap()
+        };
+        agrees(&[&[5, 8], &weight], 2.0, |x| head(x).logps);
+        let statistics = on_both(|device| {
+            let shapes = [vec![5, 8], weight.to_vec()];
+            let flat = [1, 2].map(|seed| Tensor::from_floats(&noise(seed, 88)[..], device));
+            let [hidden, weight] = flat;
+            let inputs = Inputs {
+                flat: vec![hidden.narrow(0, 0, 40), weight],
+                shapes: shapes.to_vec(),
+                device: device.clone(),
+            };
+            let head = head(&inputs);
+            [head.entropy, head.mean_logit, head.top1].map(numbers)
+        });
+        let [cpu, device] = statistics;
+        for (what, (cpu, device)) in ["entropy", "mean logit", "top-1"]
+            .into_iter()
+            .zip(cpu.iter().zip(&device))
+        {
+            assert_close(cpu, device, OP_TOLERANCE, what);
+        }
+    }
 }
 
 #[test]
