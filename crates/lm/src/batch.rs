@@ -271,9 +271,7 @@ impl Transformer {
         hidden: Tensor<2>,
         with_stats: bool,
     ) -> Scored {
-        let (weight, tied) = self.head_weight();
-        let dtype = self.precision().dtype();
-        let (inputs, weight) = (hidden.clone().cast(dtype), weight.cast(dtype));
+        let (inputs, weight, tied) = self.head_factors(hidden.clone());
         match ops::head_logps(&inputs, &weight, tied, &batch.targets) {
             Some(head) => Scored {
                 table: batch.table(head.logps.clone()),

@@ -264,11 +264,17 @@ impl Transformer {
     ///
     /// In f32, whatever the products are computed in.
     pub fn head(&self, hidden: Tensor<2>) -> Tensor<2> {
+        let (hidden, weight, tied) = self.head_factors(hidden);
+        let weight = if tied { weight.transpose() } else { weight };
+        ops::linear(hidden, weight, None).cast(FloatDType::F32)
+    }
+
+    /// What the head multiplies, in the type that it does: hidden states `[rows, hidden]`, and its matrix
+    /// as [`Transformer::head_weight`] gives it.
+    pub(crate) fn head_factors(&self, hidden: Tensor<2>) -> (Tensor<2>, Tensor<2>, bool) {
         let (weight, tied) = self.head_weight();
         let dtype = self.precision.dtype();
-        let weight = weight.cast(dtype);
-        let weight = if tied { weight.transpose() } else { weight };
-        ops::linear(hidden.cast(dtype), weight, None).cast(FloatDType::F32)
+        (hidden.cast(dtype), weight.cast(dtype), tied)
     }
 
     /// The head's matrix, `[hidden, vocab]`, or if it is tied the table of embeddings,

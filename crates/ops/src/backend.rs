@@ -59,12 +59,12 @@ pub trait Ops: Backend {
         grad: FloatTensor<Self>,
         weight: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
-        Self::product(grad, Self::float_swap_dims(weight, 0, 1))
+        composed::project_backward_input::<Self>(grad, weight)
     }
 
     /// The gradient of a linear layer with respect to its weight: `xᵀ g`.
     fn project_backward_weight(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
-        Self::product(Self::float_swap_dims(x, 0, 1), grad)
+        composed::project_backward_weight::<Self>(x, grad)
     }
 
     /// The gradient of a linear layer with respect to its bias: the sum of the rows.

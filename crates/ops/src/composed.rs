@@ -5,9 +5,10 @@ use burn::backend::{Backend, Scalar, TensorMetadata};
 use burn::tensor::{Shape, Slice};
 
 use crate::AdamWStep;
+use crate::backend::Ops;
 
 /// Below every score, and finite: a query from which all is hidden yields no NaN.
-const NOWHERE: f32 = -1e30;
+pub(crate) const NOWHERE: f32 = -1e30;
 
 pub(crate) fn masked_softmax<B: Backend>(
     scores: FloatTensor<B>,
@@ -74,6 +75,20 @@ pub(crate) fn sum_of_squares<B: Backend>(x: FloatTensor<B>) -> FloatTensor<B> {
     let n = x.shape().num_elements();
     let x = B::float_reshape(x, Shape::new([n]));
     B::float_sum(B::float_mul(x.clone(), x))
+}
+
+pub(crate) fn project_backward_input<B: Ops>(
+    grad: FloatTensor<B>,
+    weight: FloatTensor<B>,
+) -> FloatTensor<B> {
+    B::product(grad, B::float_swap_dims(weight, 0, 1))
+}
+
+pub(crate) fn project_backward_weight<B: Ops>(
+    x: FloatTensor<B>,
+    grad: FloatTensor<B>,
+) -> FloatTensor<B> {
+    B::product(B::float_swap_dims(x, 0, 1), grad)
 }
 
 /// A number more in each row's place of it.

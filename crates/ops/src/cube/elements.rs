@@ -20,9 +20,9 @@ fn swiglu_kernel<F: Float>(
     if ABSOLUTE_POS >= out.len() {
         terminate!();
     }
-    let row = ABSOLUTE_POS / columns;
-    let gate = f32::cast_from(joined[ABSOLUTE_POS + row * columns]);
-    let up = f32::cast_from(joined[ABSOLUTE_POS + row * columns + columns]);
+    let at = ABSOLUTE_POS + ABSOLUTE_POS / columns * columns;
+    let gate = f32::cast_from(joined[at]);
+    let up = f32::cast_from(joined[at + columns]);
     let open = 1.0 / (1.0 + (-gate).exp());
     out[ABSOLUTE_POS] = F::cast_from(gate * open * up);
 }

@@ -9,8 +9,9 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::product::product;
-use super::rows::{NOWHERE, cubes, together};
+use super::rows::{cubes, together};
 use super::{Card, elem, fresh, own, units};
+use crate::composed::NOWHERE;
 use crate::head::STATS;
 
 /// What the way back of a head needs.
@@ -114,7 +115,7 @@ pub(crate) fn head(
     } else {
         weight
     };
-    let logits = into_contiguous(product(hidden, weight));
+    let logits = product(hidden, weight);
     let targets = into_contiguous(targets);
     let (count, dim, [rows, vocab]) = cubes(&logits);
     let fresh = |shape| fresh(&logits, shape, DType::F32);

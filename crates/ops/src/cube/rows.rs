@@ -7,11 +7,10 @@ use cubecl::calculate_cube_count_elemwise;
 use cubecl::prelude::*;
 
 use super::{elem, like};
+use crate::composed::NOWHERE;
 
 /// Units that share a row: a few numbers for each of them in the rows of a language model.
 const UNITS: u32 = 128;
-/// Below every score, and finite: WGSL has no infinity to write down.
-pub(super) const NOWHERE: f32 = -1e30;
 
 /// The sum, or if `largest` the largest, of a number of each unit.
 #[cube]

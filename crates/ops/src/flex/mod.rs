@@ -14,7 +14,6 @@ mod tile;
 mod tiles;
 mod turn;
 
-use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::{BoolTensor, FloatTensor};
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::DType;
@@ -115,14 +114,14 @@ impl Ops for Flex {
         weight: FloatTensor<Self>,
     ) -> FloatTensor<Self> {
         if grad.dtype() != DType::F32 {
-            return Self::product(grad, Self::float_swap_dims(weight, 0, 1));
+            return composed::project_backward_input::<Self>(grad, weight);
         }
         linear::backward_input(&grad, &weight)
     }
 
     fn project_backward_weight(x: FloatTensor<Self>, grad: FloatTensor<Self>) -> FloatTensor<Self> {
         if grad.dtype() != DType::F32 {
-            return Self::product(Self::float_swap_dims(x, 0, 1), grad);
+            return composed::project_backward_weight::<Self>(x, grad);
         }
         linear::backward_weight(&x, &grad)
     }

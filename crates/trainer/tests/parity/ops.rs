@@ -135,21 +135,17 @@ fn products_agree() {
 fn heads_agree() {
     let targets = [0, 10, 3, 3, 7];
     for (tied, weight) in [(false, [8, 11]), (true, [11, 8])] {
-        let head = |x: &Inputs| {
-            let targets = Tensor::<1, Int>::from_ints(targets, &x.device);
-            ops::head_logps(&x.get(0), &x.get(1), tied, &targets).unwrap()
+        let head = |hidden: Tensor<2>, weight: Tensor<2>, device: &Device| {
+            let targets = Tensor::<1, Int>::from_ints(targets, device);
+            ops::head_logps(&hidden, &weight, tied, &targets).unwrap()
         };
-        agrees(&[&[5, 8], &weight], 2.0, |x| head(x).logps);
+        agrees(&[&[5, 8], &weight], 2.0, |x| {
+            head(x.get(0), x.get(1), &x.device).logps
+        });
         let statistics = on_both(|device| {
-            let shapes = [vec![5, 8], weight.to_vec()];
-            let flat = [1, 2].map(|seed| Tensor::from_floats(&noise(seed, 88)[..], device));
-            let [hidden, weight] = flat;
-            let inputs = Inputs {
-                flat: vec![hidden.narrow(0, 0, 40), weight],
-                shapes: shapes.to_vec(),
-                device: device.clone(),
-            };
-            let head = head(&inputs);
+            let hidden = Tensor::<1>::from_floats(&noise(1, 40)[..], device).reshape([5, 8]);
+            let weight = Tensor::<1>::from_floats(&noise(2, 88)[..], device).reshape(weight);
+            let head = head(hidden, weight, device);
             [head.entropy, head.mean_logit, head.top1].map(numbers)
         });
         let [cpu, device] = statistics;
