@@ -28,7 +28,7 @@ use crate::workers::Workers;
 
 use read::Models;
 use rows::{Encoder, Item, Rows};
-use write::{Figures, Vocabulary, Written};
+use write::{Figures, Room, Vocabulary, Written};
 
 /// Rows that are read, scored and written together.
 const WINDOW: usize = 256;
@@ -321,8 +321,10 @@ impl Run<'_> {
         let options = self.options;
         let mut rows = Rows::open(&options.data, options.malformed_rows, options.max_rows)?;
         let mut progress = Progress::new("score", "rows", n_rows, 0);
+        let mut warm = !options.bench;
         loop {
             let began = Instant::now();
+            let mut untimed = Duration::ZERO;
             let window = rows.next_window(WINDOW)?;
             if window.is_empty() {
                 break;
@@ -330,8 +332,23 @@ impl Run<'_> {
             let n = window.len();
             let items = self.encoder.encode(window, &mut self.report)?;
             let batches = batches(&items, options.batch_size);
+            let run_bare = |index: usize| {
+                let items: Vec<&Item> = batches[index].iter().map(|&i| &items[i]).collect();
+                self.models.run_bare(&items);
+            };
+            if !warm {
+                // What a first batch costs besides, fresh memory and a card's kernels, is neither's.
+                let began = Instant::now();
+                self.workers
+                    .map(self.workers.count().min(batches.len()), run_bare);
+                untimed = began.elapsed();
+                warm = true;
+            }
             // How many of these rows the page has room for, by their place in the window.
-            let room = options.page_rows.saturating_sub(self.page.n_rows());
+            let room = Room {
+                page: options.page_rows.saturating_sub(self.page.n_rows()),
+                terminal: options.show.min(SHOWN).saturating_sub(self.rows.len()),
+            };
             let written = self.workers.map(batches.len(), |index| {
                 self.batch(&items, &batches[index], room)
             });
@@ -343,21 +360,16 @@ impl Run<'_> {
                 file.write_all(&written.lines)
                     .map_err(TrainError::io(&options.out))?;
                 self.figures.add(&written.figures);
-                if let Some((row, encoded)) = written.row {
+                if let Some(encoded) = written.for_page {
                     self.page
                         .add(encoded, |id| self.vocabulary.word(id).to_owned());
-                    if self.rows.len() < options.show.min(SHOWN) {
-                        self.rows.push(row);
-                    }
                 }
+                self.rows.extend(written.for_terminal);
             }
-            self.spent.scoring += began.elapsed();
+            self.spent.scoring += began.elapsed() - untimed;
             if options.bench {
                 let began = Instant::now();
-                self.workers.map(batches.len(), |index| {
-                    let items: Vec<&Item> = batches[index].iter().map(|&i| &items[i]).collect();
-                    self.models.run_bare(&items);
-                });
+                self.workers.map(batches.len(), run_bare);
                 self.spent.bare += began.elapsed();
             }
             let n_tokens = self.figures.n_tokens() as f64;
@@ -374,7 +386,7 @@ impl Run<'_> {
         &self,
         items: &[Item],
         batch: &[usize],
-        room: usize,
+        room: Room,
     ) -> Result<Vec<(usize, Written)>, TrainError> {
         let chosen: Vec<&Item> = batch.iter().map(|&index| &items[index]).collect();
         let readouts = self.models.read(&chosen)?;
@@ -388,7 +400,7 @@ impl Run<'_> {
                     &readouts,
                     self.beta,
                     (&self.encoder.tokenizer, self.vocabulary),
-                    index < room,
+                    room.at(index),
                 )?;
                 Ok((index, written))
             })

@@ -2,12 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clap::{Args, Subcommand};
+use dpo_loss::Beta;
 use trainer::Recipe;
 use trainer::reproduce::Target;
 use trainer::reproduce::beam::{self, BeamOptions};
 use trainer::reproduce::credit::{self, CreditOptions};
 use trainer::reproduce::curves::{self, CurvesOptions};
+use trainer::reproduce::first_error::{self, FirstErrorOptions};
 use trainer::reproduce::identification::{self, IdentificationOptions};
 
 /// What `reproduce` takes.
@@ -27,6 +30,8 @@ enum Experiment {
     Beam(BeamArgs),
     /// How close does the learned advantage come to the exact one as labels grow in number?
     Identification(IdentificationArgs),
+    /// Does a pretrained model's implicit reward fall where a worked solution first goes wrong?
+    FirstError(FirstErrorArgs),
 }
 
 #[derive(Debug, Args)]
@@ -136,6 +141,41 @@ struct IdentificationArgs {
     device: String,
 }
 
+#[derive(Debug, Args)]
+struct FirstErrorArgs {
+    /// Hugging Face folder of the model to begin with, which is the reference.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Questions with a right solution (chosen) and a wrong one (rejected), in text: a line for each
+    /// step, with calculator marks as in 2*3=<<2*3=6>>6.
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Folder to write into; seeds that are done there are not repeated.
+    #[arg(long, value_name = "DIR", default_value = "runs/reproduce-first-error")]
+    out: PathBuf,
+    /// Seeds, with commas [default: 1].
+    #[arg(long, value_delimiter = ',', value_name = "N,N,...")]
+    seeds: Vec<u64>,
+    /// Pairs to train on [default: 96].
+    #[arg(long, value_name = "N")]
+    train_pairs: Option<usize>,
+    /// Pairs of other questions whose first error is looked for [default: 64].
+    #[arg(long, value_name = "N")]
+    eval_pairs: Option<usize>,
+    /// Passes over the pairs [default: 1].
+    #[arg(long, value_name = "X")]
+    epochs: Option<f64>,
+    /// Strength of the divergence, in reward units a nat [default: 0.1].
+    #[arg(long, value_name = "X")]
+    beta: Option<f64>,
+    /// The adapters' learning rate at its height [default: 0.0002].
+    #[arg(long, value_name = "X")]
+    learning_rate: Option<f64>,
+    /// Where to compute: cpu, wgpu, cuda or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: String,
+}
+
 impl ReproduceArgs {
     pub(crate) fn run(&self, command: String) -> anyhow::Result<()> {
         match &self.experiment {
@@ -143,6 +183,7 @@ impl ReproduceArgs {
             Experiment::Curves(args) => args.run(command),
             Experiment::Beam(args) => args.run(command),
             Experiment::Identification(args) => args.run(command),
+            Experiment::FirstError(args) => args.run(command),
         }
     }
 }
@@ -226,6 +267,27 @@ impl IdentificationArgs {
         options.steps = self.steps.unwrap_or(options.steps);
         options.horizon = self.horizon.unwrap_or(options.horizon);
         say(&identification::run(&options)?.targets, &options.out);
+        Ok(())
+    }
+}
+
+impl FirstErrorArgs {
+    fn run(&self, command: String) -> anyhow::Result<()> {
+        let mut options =
+            FirstErrorOptions::standard(self.model.clone(), self.data.clone(), self.out.clone());
+        options.command = command;
+        options.device.clone_from(&self.device);
+        if !self.seeds.is_empty() {
+            options.seeds.clone_from(&self.seeds);
+        }
+        options.train_pairs = self.train_pairs.unwrap_or(options.train_pairs);
+        options.eval_pairs = self.eval_pairs.unwrap_or(options.eval_pairs);
+        options.epochs = self.epochs.unwrap_or(options.epochs);
+        if let Some(beta) = self.beta {
+            options.beta = Beta::new(beta).context("--beta")?;
+        }
+        options.learning_rate = self.learning_rate.unwrap_or(options.learning_rate);
+        say(&first_error::run(&options)?.targets, &options.out);
         Ok(())
     }
 }

@@ -6,6 +6,7 @@
 pub mod beam;
 pub mod credit;
 pub mod curves;
+pub mod first_error;
 mod fit;
 pub mod identification;
 mod page;
@@ -14,6 +15,7 @@ pub mod statistics;
 use std::path::Path;
 
 use lm::files::write_atomically;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
@@ -27,6 +29,34 @@ pub struct Target {
     pub measured: String,
     /// Whether it held; none where there are too few seeds to tell.
     pub held: Option<bool>,
+}
+
+/// What came of a seed.
+trait OfSeed: Serialize + DeserializeOwned {
+    /// What it depends on.
+    fn settings(&self) -> &str;
+}
+
+/// The result of a seed: what its folder in `out` holds, if that was made under the same settings, or
+/// else what `make` gives for the folder, which is then written there.
+fn of_seed<T: OfSeed>(
+    out: &Path,
+    seed: u64,
+    settings: &str,
+    make: impl FnOnce(&Path) -> Result<T, TrainError>,
+) -> Result<T, TrainError> {
+    let folder = out.join(format!("seed-{seed}"));
+    std::fs::create_dir_all(&folder).map_err(TrainError::io(&folder))?;
+    let path = folder.join("result.json");
+    let done = std::fs::read(&path).ok();
+    let done = done.and_then(|bytes| serde_json::from_slice::<T>(&bytes).ok());
+    if let Some(done) = done.filter(|done| done.settings() == settings) {
+        eprintln!("seed {seed}: taken from {}", path.display());
+        return Ok(done);
+    }
+    let made = make(&folder)?;
+    write_json(&path, &made)?;
+    Ok(made)
 }
 
 /// Writes results, whole or not at all.

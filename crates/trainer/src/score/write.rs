@@ -81,13 +81,34 @@ struct Alternatives<'a> {
     rewards: Vec<f32>,
 }
 
+/// About what a token takes in a line, with five alternatives: no line is moved as it grows.
+const TOKEN_BYTES: usize = 400;
+
+/// How many of a window's rows there is room for: its first ones.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    pub page: usize,
+    /// Rows of the page that are shown too.
+    pub terminal: usize,
+}
+
+impl Room {
+    /// Whether the row at some place of the window goes to the page, and to the terminal.
+    pub(super) fn at(self, index: usize) -> [bool; 2] {
+        let page = index < self.page;
+        [page, page && index < self.terminal]
+    }
+}
+
 /// What is written of a row.
 #[derive(Clone, Debug)]
 pub(super) struct Written {
     /// A line for each completion.
     pub lines: Vec<u8>,
-    /// The row of the page, if it has room, and as the page holds it.
-    pub row: Option<(ScoredRow, PageRow)>,
+    /// The row as the page holds it, if there is room.
+    pub for_page: Option<PageRow>,
+    /// The row for the terminal, if it is to be shown.
+    pub for_terminal: Option<ScoredRow>,
     pub figures: Figures,
 }
 
@@ -97,7 +118,7 @@ impl Written {
         readouts: &RowReadouts,
         beta: Beta,
         (tokenizer, vocabulary): (&Tokenizer, &Vocabulary<'_>),
-        for_page: bool,
+        [to_page, to_terminal]: [bool; 2],
     ) -> Result<Self, TokenizerError> {
         let n_prompt = item.prompt_ids.len();
         let mut prompt = String::new();
@@ -118,7 +139,8 @@ impl Written {
             [chosen, rejected] => Some(chosen.reward - rejected.reward),
             _ => None,
         };
-        let mut lines = Vec::new();
+        let n_tokens: usize = item.sides.iter().map(|side| side.ids.len()).sum();
+        let mut lines = Vec::with_capacity(n_tokens * TOKEN_BYTES);
         for (((side, tokens), texts), total) in
             item.sides.iter().zip(readouts).zip(&texts).zip(&totals)
         {
@@ -132,25 +154,22 @@ impl Written {
             serde_json::to_writer(&mut lines, &line).expect("numbers and texts are JSON");
             lines.push(b'\n');
         }
-        let row = for_page.then(|| {
-            let row = ScoredRow {
-                name: item.place.clone(),
-                prompt,
-                completions: item
-                    .sides
-                    .iter()
-                    .zip(readouts)
-                    .zip(texts)
-                    .zip(&totals)
-                    .map(|(((side, tokens), texts), total)| completion(side, tokens, texts, total))
-                    .collect(),
-            };
-            let encoded = PageRow::new(&row, beta.get());
-            (row, encoded)
+        let row = to_page.then(|| ScoredRow {
+            name: item.place.clone(),
+            prompt,
+            completions: item
+                .sides
+                .iter()
+                .zip(readouts)
+                .zip(texts)
+                .zip(&totals)
+                .map(|(((side, tokens), texts), total)| completion(side, tokens, texts, total))
+                .collect(),
         });
         Ok(Self {
             lines,
-            row,
+            for_page: row.as_ref().map(|row| PageRow::new(row, beta.get())),
+            for_terminal: row.filter(|_| to_terminal),
             figures: Figures::of(&totals, margin),
         })
     }

@@ -222,6 +222,12 @@ pub struct Row {
     pub figures: BTreeMap<String, OverSeeds>,
 }
 
+impl super::OfSeed for SeedResult {
+    fn settings(&self) -> &str {
+        &self.settings
+    }
+}
+
 /// Everything that came out: what `results.json` holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BeamResults {
@@ -252,23 +258,10 @@ pub fn run(options: &BeamOptions) -> Result<BeamResults, TrainError> {
     let betas = options.check()?;
     let mut seeds = Vec::new();
     for &seed in &options.seeds {
-        let folder = options.out.join(format!("seed-{seed}"));
-        std::fs::create_dir_all(&folder).map_err(TrainError::io(&folder))?;
-        let path = folder.join("result.json");
         let settings = options.settings(seed)?;
-        let done = std::fs::read(&path).ok();
-        let done = done.and_then(|bytes| serde_json::from_slice::<SeedResult>(&bytes).ok());
-        let result = match done {
-            Some(done) if done.settings == settings => {
-                eprintln!("seed {seed}: taken from {}", path.display());
-                done
-            }
-            _ => {
-                let result = one_seed(options, &betas, seed, settings)?;
-                super::write_json(&path, &result)?;
-                result
-            }
-        };
+        let result = super::of_seed(&options.out, seed, &settings, |_| {
+            one_seed(options, &betas, seed, settings.clone())
+        })?;
         eprintln!("seed {seed}: {:.0} s", result.seconds);
         seeds.push(result);
     }

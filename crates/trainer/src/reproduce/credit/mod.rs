@@ -172,6 +172,12 @@ pub struct SeedResult {
     pub seconds: f64,
 }
 
+impl super::OfSeed for SeedResult {
+    fn settings(&self) -> &str {
+        &self.settings
+    }
+}
+
 /// Everything that came out: what `results.json` holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CreditResults {
@@ -201,22 +207,10 @@ pub fn run(options: &CreditOptions) -> Result<CreditResults, TrainError> {
     std::fs::create_dir_all(&options.out).map_err(TrainError::io(&options.out))?;
     let mut seeds = Vec::new();
     for &seed in &options.seeds {
-        let folder = options.out.join(format!("seed-{seed}"));
-        let path = folder.join("result.json");
         let settings = options.settings(seed)?;
-        let done = std::fs::read(&path).ok();
-        let done = done.and_then(|bytes| serde_json::from_slice::<SeedResult>(&bytes).ok());
-        let result = match done {
-            Some(done) if done.settings == settings => {
-                eprintln!("seed {seed}: taken from {}", path.display());
-                done
-            }
-            _ => {
-                let result = one_seed(options, seed, settings, &folder)?;
-                super::write_json(&path, &result)?;
-                result
-            }
-        };
+        let result = super::of_seed(&options.out, seed, &settings, |folder| {
+            one_seed(options, seed, settings.clone(), folder)
+        })?;
         eprintln!(
             "seed {seed}: AUROC {:.4}, correlation {:.3}, second error {:.4}, {:.0} s",
             result.methods[METHODS[0]].auroc,

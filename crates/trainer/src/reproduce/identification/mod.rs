@@ -93,9 +93,9 @@ impl IdentificationOptions {
     }
 
     /// What a seed's figures depend on.
-    fn settings(&self) -> String {
+    fn settings(&self, seed: u64) -> String {
         format!(
-            "pairs {:?} steps {} horizon {} device {}",
+            "seed {seed} pairs {:?} steps {} horizon {} device {}",
             self.pairs, self.steps, self.horizon, self.device
         )
     }
@@ -154,6 +154,12 @@ impl SeedResult {
     }
 }
 
+impl super::OfSeed for SeedResult {
+    fn settings(&self) -> &str {
+        &self.settings
+    }
+}
+
 /// Everything that came out: what `results.json` holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct IdentificationResults {
@@ -190,22 +196,8 @@ pub fn run(options: &IdentificationOptions) -> Result<IdentificationResults, Tra
     std::fs::create_dir_all(&options.out).map_err(TrainError::io(&options.out))?;
     let mut seeds = Vec::new();
     for &seed in &options.seeds {
-        let folder = options.out.join(format!("seed-{seed}"));
-        std::fs::create_dir_all(&folder).map_err(TrainError::io(&folder))?;
-        let path = folder.join("result.json");
-        let done = std::fs::read(&path).ok();
-        let done = done.and_then(|bytes| serde_json::from_slice::<SeedResult>(&bytes).ok());
-        let result = match done {
-            Some(done) if done.seed == seed && done.settings == options.settings() => {
-                eprintln!("seed {seed}: taken from {}", path.display());
-                done
-            }
-            _ => {
-                let result = one_seed(options, seed)?;
-                super::write_json(&path, &result)?;
-                result
-            }
-        };
+        let settings = options.settings(seed);
+        let result = super::of_seed(&options.out, seed, &settings, |_| one_seed(options, seed))?;
         eprintln!("seed {seed}: {:.0} s", result.seconds);
         seeds.push(result);
     }
@@ -248,7 +240,7 @@ fn one_seed(options: &IdentificationOptions, seed: u64) -> Result<SeedResult, Tr
     });
     Ok(SeedResult {
         seed,
-        settings: options.settings(),
+        settings: options.settings(seed),
         cells: cells.into_iter().collect::<Result<_, _>>()?,
         seconds: began.elapsed().as_secs_f64(),
     })
