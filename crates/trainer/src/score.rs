@@ -321,7 +321,6 @@ impl Run<'_> {
         let options = self.options;
         let mut rows = Rows::open(&options.data, options.malformed_rows, options.max_rows)?;
         let mut progress = Progress::new("score", "rows", n_rows, 0);
-        let mut warm = !options.bench;
         loop {
             let began = Instant::now();
             let mut untimed = Duration::ZERO;
@@ -336,13 +335,12 @@ impl Run<'_> {
                 let items: Vec<&Item> = batches[index].iter().map(|&i| &items[i]).collect();
                 self.models.run_bare(&items);
             };
-            if !warm {
+            if options.bench && self.figures.n_rows() == 0 {
                 // What a first batch costs besides, fresh memory and a card's kernels, is neither's.
                 let began = Instant::now();
                 self.workers
                     .map(self.workers.count().min(batches.len()), run_bare);
                 untimed = began.elapsed();
-                warm = true;
             }
             // How many of these rows the page has room for, by their place in the window.
             let room = Room {

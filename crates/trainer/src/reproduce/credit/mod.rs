@@ -204,7 +204,6 @@ pub struct CreditResults {
 /// Options or a recipe that do not fit, or anything that goes wrong in training or on the disk.
 pub fn run(options: &CreditOptions) -> Result<CreditResults, TrainError> {
     options.check()?;
-    std::fs::create_dir_all(&options.out).map_err(TrainError::io(&options.out))?;
     let mut seeds = Vec::new();
     for &seed in &options.seeds {
         let settings = options.settings(seed)?;

@@ -55,14 +55,20 @@ impl Method {
         }
     }
 
+    /// Of each step of a solution.
     pub(super) fn of(self, steps: &[Step]) -> Vec<f64> {
-        let values = steps.iter().enumerate().map(|(place, step)| match self {
+        let steps = steps.iter().enumerate();
+        steps.map(|(place, step)| self.value(place, step)).collect()
+    }
+
+    /// Of the step at some place.
+    pub(super) fn value(self, place: usize, step: &Step) -> f64 {
+        match self {
             Self::Reward => step.reward,
             Self::Surprise => step.reference_logp,
             Self::PolicyLogp => step.policy_logp,
             Self::Place => place as f64,
-        });
-        values.collect()
+        }
     }
 }
 
@@ -82,12 +88,11 @@ pub struct Figures {
     pub auroc: Option<f64>,
 }
 
-/// What the first of a list of equals to the least is.
+/// The place of the least value; of equals, the first.
 fn lowest(values: &[f64]) -> Option<usize> {
-    let least = values.iter().copied().min_by(f64::total_cmp)?;
-    values
-        .iter()
-        .position(|value| value.total_cmp(&least).is_eq())
+    let places = values.iter().enumerate();
+    let least = places.min_by(|(_, a), (_, b)| a.total_cmp(b))?;
+    Some(least.0)
 }
 
 /// For each pair whether the step is named: the lowest one, or the first below a threshold.
@@ -154,6 +159,9 @@ impl Found {
 mod tests {
     use super::*;
 
+    /// Sums of a few numbers near 1.
+    const ROUNDING: f64 = 1e-12;
+
     fn step(reward: f64) -> Step {
         Step {
             reward,
@@ -188,13 +196,13 @@ mod tests {
         assert_eq!(found.first_low, Some(vec![1.0, 1.0, 0.0]));
         // Against 0 to 9 and 5, 5: of 12, 11 lie above the error 0.5, 11.5 above 0 and 5.5 above 5.
         let expected = (11.0 + 11.5 + 5.5) / 36.0;
-        assert!((found.auroc.unwrap() - expected).abs() < 1e-12);
+        assert!((found.auroc.unwrap() - expected).abs() < ROUNDING);
         // Surprise turns the order of these steps around.
         assert_eq!(Found::by(Method::Surprise, &pairs).lowest, [0.0, 0.0, 0.0]);
         let place = Found::by(Method::Place, &pairs);
         assert_eq!(place.lowest, [0.0, 0.0, 1.0]);
         assert!(place.first_low.is_none() && place.auroc.is_none());
         let figures = found.figures(Method::Reward, &[0, 1, 2]).unwrap();
-        assert!((figures.lowest.mean - 2.0 / 3.0).abs() < 1e-12);
+        assert!((figures.lowest.mean - 2.0 / 3.0).abs() < ROUNDING);
     }
 }

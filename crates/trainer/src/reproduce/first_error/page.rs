@@ -4,7 +4,7 @@ use judge::Estimate;
 use report::{Plot, Series, escape};
 
 use super::super::page::{figure, targets_table};
-use super::methods::{FALSE_ALARMS, Method, ReadPair, Step};
+use super::methods::{FALSE_ALARMS, Method, ReadPair};
 use super::{FirstErrorResults, RUN, SCORES};
 use crate::reproduce::statistics::mean;
 
@@ -106,8 +106,7 @@ fn around(pairs: &[&ReadPair]) -> Plot {
         let at = |offset: isize| -> Option<(f64, f64)> {
             let value = |pair: &&ReadPair| {
                 let place = pair.first_error.checked_add_signed(offset)?;
-                let step: &Step = pair.wrong.get(place)?;
-                Some(method.of(std::slice::from_ref(step))[0])
+                Some(method.value(place, pair.wrong.get(place)?))
             };
             let values: Vec<f64> = pairs.iter().filter_map(value).collect();
             Some((offset as f64, (mean(&values)? - center) / deviation))

@@ -193,7 +193,6 @@ fn key(reward: &str, learner: &str, pairs: usize, figure: &str) -> String {
 /// Options that do not fit, or anything that goes wrong in training or on the disk.
 pub fn run(options: &IdentificationOptions) -> Result<IdentificationResults, TrainError> {
     options.check()?;
-    std::fs::create_dir_all(&options.out).map_err(TrainError::io(&options.out))?;
     let mut seeds = Vec::new();
     for &seed in &options.seeds {
         let settings = options.settings(seed);
