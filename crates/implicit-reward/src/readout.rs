@@ -2,11 +2,10 @@
 
 use burn::tensor::Tensor;
 use mdp_core::Beta;
-use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use crate::error::ReadoutError;
-use crate::row::{LANES, RowPair};
+use crate::row::RowPair;
 
 /// Rows that a thread takes at a time.
 const ROWS: usize = 16;
@@ -189,7 +188,7 @@ fn read_row(
     id: u32,
     n_candidates: usize,
 ) -> Option<TokenReadout> {
-    let pair = RowPair::read(policy, reference)?;
+    let pair = RowPair::read(policy, reference, n_candidates)?;
     let candidate = |id: u32| Candidate {
         id,
         policy_logp: f64::from(policy[id as usize]) - pair.policy_total,
@@ -204,10 +203,7 @@ fn read_row(
         reference_entropy: pair.reference_entropy,
         policy_kl: pair.policy_kl,
         reference_kl: pair.reference_kl,
-        candidates: top(policy, n_candidates)
-            .into_iter()
-            .map(candidate)
-            .collect(),
+        candidates: pair.likeliest.into_iter().map(candidate).collect(),
     })
 }
 
@@ -225,73 +221,6 @@ fn bad(row: usize, policy: &[f32], reference: &[f32]) -> ReadoutError {
     find("policy", policy)
         .or_else(|| find("reference", reference))
         .unwrap_or_else(|| ReadoutError::Device(format!("logits of row {row} are out of range")))
-}
-
-/// The ids of the `n` largest numbers, largest first; of equals, the lowest id first.
-fn top(row: &[f32], n: usize) -> Vec<u32> {
-    Arch::new().dispatch(Top { row, n })
-}
-
-/// [`top`] in the widest registers that the processor has.
-struct Top<'a> {
-    row: &'a [f32],
-    n: usize,
-}
-
-impl WithSimd for Top<'_> {
-    type Output = Vec<u32>;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> Vec<u32> {
-        let Self { row, n } = self;
-        /// Registers that are looked at together.
-        const BLOCK: usize = 4;
-        let n = n.min(row.len());
-        if n == 0 {
-            return Vec::new();
-        }
-        let (registers, _) = S::as_simd_f32s(row);
-        let (blocks, _) = registers.as_chunks::<BLOCK>();
-        // The largest number of each column of the blocks: the n-th largest of them is no more than the
-        // n-th largest of all, so that few blocks hold anything that is not below it.
-        let mut highest = [simd.splat_f32s(f32::NEG_INFINITY); BLOCK];
-        for block in blocks {
-            for (highest, &x) in highest.iter_mut().zip(block) {
-                *highest = simd.max_f32s(x, *highest);
-            }
-        }
-        let mut columns = [f32::NEG_INFINITY; BLOCK * LANES];
-        let (out, _) = S::as_mut_simd_f32s(&mut columns);
-        out[..BLOCK].copy_from_slice(&highest);
-        let size = BLOCK * S::F32_LANES;
-        let columns = &mut columns[..size];
-        let least = if n <= size {
-            let by_size = |a: &f32, b: &f32| b.total_cmp(a);
-            *columns.select_nth_unstable_by(n - 1, by_size).1
-        } else {
-            f32::NEG_INFINITY
-        };
-        let mut kept: Vec<(f32, u32)> = Vec::with_capacity(n + 1);
-        let mut look = |first: usize, numbers: &[f32]| {
-            for (id, &x) in (first..).zip(numbers) {
-                if x < least || (kept.len() == n && x <= kept[n - 1].0) {
-                    continue;
-                }
-                let place = kept.partition_point(|&(kept, _)| kept >= x);
-                kept.insert(place, (x, id as u32));
-                kept.truncate(n);
-            }
-        };
-        for (index, &[a, b, c, d]) in blocks.iter().enumerate() {
-            let most = simd.max_f32s(simd.max_f32s(a, b), simd.max_f32s(c, d));
-            let reached = simd.greater_than_or_equal_f32s(most, simd.splat_f32s(least));
-            if simd.first_true_m32s(reached) < S::F32_LANES {
-                look(index * size, &row[index * size..][..size]);
-            }
-        }
-        look(blocks.len() * size, &row[blocks.len() * size..]);
-        kept.into_iter().map(|(_, id)| id).collect()
-    }
 }
 
 #[cfg(test)]
@@ -327,7 +256,7 @@ mod tests {
             // Stable: of equals the lowest id stays first.
             expected.sort_by(|&a, &b| row[b as usize].total_cmp(&row[a as usize]));
             expected.truncate(n);
-            prop_assert_eq!(top(&row, n), expected);
+            prop_assert_eq!(RowPair::read(&row, &row, n).unwrap().likeliest, expected);
         }
 
         #[test]

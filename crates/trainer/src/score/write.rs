@@ -3,11 +3,11 @@
 use std::sync::OnceLock;
 
 use dpo_loss::Beta;
-use implicit_reward::{TokenReadout, running_sums};
+use implicit_reward::{Candidate, TokenReadout, running_sums};
 use lm::data::DataReport;
 use lm::tokenizer::{Tokenizer, TokenizerError};
 use report::{Card, PageRow, ScorePage, ScoredCompletion, ScoredRow, ScoredToken, TokenScores};
-use serde::Serialize;
+use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value};
 
 use super::ScoreOptions;
@@ -44,41 +44,106 @@ impl<'a> Vocabulary<'a> {
     }
 }
 
-/// A completion as a line of `scores.jsonl`; the arrays have an entry for each token.
-#[derive(Serialize)]
+/// A completion as a line of `scores.jsonl`; the lists have an entry for each token.
 struct Line<'a> {
-    row: usize,
-    side: &'static str,
+    item: &'a Item,
+    side: &'a Side,
     prompt: &'a str,
-    /// Reward units; the sum of `rewards`.
-    reward: f64,
-    /// Chosen less rejected, reward units.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    tokens: &'a [Option<TokenReadout>],
+    texts: &'a [String],
+    total: &'a Total,
+    /// Chosen less rejected, reward units; of a pair.
     margin: Option<f64>,
-    policy_logp: f64,
-    reference_logp: f64,
-    n_scored: usize,
-    ids: &'a [u32],
-    tokens: &'a [String],
-    policy_logps: Vec<Option<f32>>,
-    reference_logps: Vec<Option<f32>>,
-    rewards: Vec<Option<f32>>,
-    running_rewards: Vec<f32>,
-    max_ent_advantages: Vec<Option<f32>>,
-    policy_entropies: Vec<Option<f32>>,
-    policy_kls: Vec<Option<f32>>,
-    reference_kls: Vec<Option<f32>>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    alternatives: Vec<Option<Alternatives<'a>>>,
+    beta: Beta,
+    vocabulary: &'a Vocabulary<'a>,
 }
 
-#[derive(Serialize)]
+impl<'a> Serialize for Line<'a> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let (total, beta) = (self.total, self.beta);
+        let column = |of: fn(&TokenReadout, Beta) -> f64| {
+            let tokens = self.tokens.iter();
+            List(tokens.map(move |t| t.as_ref().map(|t| of(t, beta) as f32)))
+        };
+        // A token that is not scored earns nothing: the policy did not choose it.
+        let reward = |t: &Option<TokenReadout>| t.as_ref().map_or(0.0, |t| t.implicit_reward(beta));
+        let rewards: Vec<f64> = self.tokens.iter().map(reward).collect();
+        let running = running_sums(&rewards);
+
+        let mut line = serializer.serialize_map(None)?;
+        line.serialize_entry("row", &self.item.row)?;
+        line.serialize_entry("side", self.side.name)?;
+        line.serialize_entry("prompt", self.prompt)?;
+        line.serialize_entry("reward", &total.reward)?;
+        if let Some(margin) = self.margin {
+            line.serialize_entry("margin", &margin)?;
+        }
+        line.serialize_entry("policy_logp", &total.policy_logp)?;
+        line.serialize_entry("reference_logp", &total.reference_logp)?;
+        line.serialize_entry("n_scored", &total.n_scored)?;
+        line.serialize_entry("ids", &self.side.ids)?;
+        line.serialize_entry("tokens", self.texts)?;
+        line.serialize_entry("policy_logps", &column(|t, _| t.policy_logp))?;
+        line.serialize_entry("reference_logps", &column(|t, _| t.reference_logp))?;
+        line.serialize_entry("rewards", &column(TokenReadout::implicit_reward))?;
+        line.serialize_entry("running_rewards", &List(running.iter().map(|&x| x as f32)))?;
+        line.serialize_entry(
+            "max_ent_advantages",
+            &column(TokenReadout::max_ent_advantage),
+        )?;
+        line.serialize_entry("policy_entropies", &column(|t, _| t.policy_entropy))?;
+        line.serialize_entry("policy_kls", &column(|t, _| t.policy_kl))?;
+        line.serialize_entry("reference_kls", &column(|t, _| t.reference_kl))?;
+        if self
+            .tokens
+            .iter()
+            .flatten()
+            .any(|t| !t.candidates.is_empty())
+        {
+            let alternatives = |t: &'a TokenReadout| Alternatives {
+                candidates: &t.candidates,
+                beta,
+                vocabulary: self.vocabulary,
+            };
+            let tokens = self.tokens.iter();
+            let alternatives = List(tokens.map(|t| t.as_ref().map(alternatives)));
+            line.serialize_entry("alternatives", &alternatives)?;
+        }
+        line.end()
+    }
+}
+
 struct Alternatives<'a> {
-    ids: Vec<u32>,
-    tokens: Vec<&'a str>,
-    policy_logps: Vec<f32>,
-    reference_logps: Vec<f32>,
-    rewards: Vec<f32>,
+    candidates: &'a [Candidate],
+    beta: Beta,
+    vocabulary: &'a Vocabulary<'a>,
+}
+
+impl Serialize for Alternatives<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let candidates = || self.candidates.iter();
+        let numbers = |of: fn(&Candidate, Beta) -> f64| {
+            let beta = self.beta;
+            List(candidates().map(move |c| of(c, beta) as f32))
+        };
+        let words = candidates().map(|c| self.vocabulary.word(c.id));
+        let mut lists = serializer.serialize_map(None)?;
+        lists.serialize_entry("ids", &List(candidates().map(|c| c.id)))?;
+        lists.serialize_entry("tokens", &List(words))?;
+        lists.serialize_entry("policy_logps", &numbers(|c, _| c.policy_logp))?;
+        lists.serialize_entry("reference_logps", &numbers(|c, _| c.reference_logp))?;
+        lists.serialize_entry("rewards", &numbers(Candidate::advantage))?;
+        lists.end()
+    }
+}
+
+/// What an iterator gives, written as a list without being one.
+struct List<I>(I);
+
+impl<I: Iterator<Item: Serialize> + Clone> Serialize for List<I> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.clone())
+    }
 }
 
 /// About what a token takes in a line, with five alternatives: no line is moved as it grows.
@@ -144,13 +209,17 @@ impl Written {
         for (((side, tokens), texts), total) in
             item.sides.iter().zip(readouts).zip(&texts).zip(&totals)
         {
-            let line = line(
-                (item, side, &prompt),
-                (tokens, texts),
-                (total, margin),
+            let line = Line {
+                item,
+                side,
+                prompt: &prompt,
+                tokens,
+                texts,
+                total,
+                margin,
                 beta,
                 vocabulary,
-            );
+            };
             serde_json::to_writer(&mut lines, &line).expect("numbers and texts are JSON");
             lines.push(b'\n');
         }
@@ -172,69 +241,6 @@ impl Written {
             for_terminal: row.filter(|_| to_terminal),
             figures: Figures::of(&totals, margin),
         })
-    }
-}
-
-fn line<'a>(
-    (item, side, prompt): (&Item, &'a Side, &'a str),
-    (tokens, texts): (&[Option<TokenReadout>], &'a [String]),
-    (total, margin): (&Total, Option<f64>),
-    beta: Beta,
-    vocabulary: &'a Vocabulary<'_>,
-) -> Line<'a> {
-    let column = |of: &dyn Fn(&TokenReadout) -> f64| -> Vec<Option<f32>> {
-        let tokens = tokens.iter();
-        tokens.map(|t| t.as_ref().map(|t| of(t) as f32)).collect()
-    };
-    // A token that is not scored earns nothing: the policy did not choose it.
-    let rewards: Vec<f64> = tokens
-        .iter()
-        .map(|t| t.as_ref().map_or(0.0, |t| t.implicit_reward(beta)))
-        .collect();
-    let alternatives = |token: &TokenReadout| {
-        let candidates = &token.candidates;
-        Alternatives {
-            ids: candidates.iter().map(|c| c.id).collect(),
-            tokens: candidates.iter().map(|c| vocabulary.word(c.id)).collect(),
-            policy_logps: candidates.iter().map(|c| c.policy_logp as f32).collect(),
-            reference_logps: candidates.iter().map(|c| c.reference_logp as f32).collect(),
-            rewards: candidates
-                .iter()
-                .map(|c| c.advantage(beta) as f32)
-                .collect(),
-        }
-    };
-    let any = tokens.iter().flatten().any(|t| !t.candidates.is_empty());
-    Line {
-        row: item.row,
-        side: side.name,
-        prompt,
-        reward: total.reward,
-        margin,
-        policy_logp: total.policy_logp,
-        reference_logp: total.reference_logp,
-        n_scored: total.n_scored,
-        ids: &side.ids,
-        tokens: texts,
-        policy_logps: column(&|t| t.policy_logp),
-        reference_logps: column(&|t| t.reference_logp),
-        rewards: column(&|t| t.implicit_reward(beta)),
-        running_rewards: running_sums(&rewards)
-            .into_iter()
-            .map(|x| x as f32)
-            .collect(),
-        max_ent_advantages: column(&|t| t.max_ent_advantage(beta)),
-        policy_entropies: column(&|t| t.policy_entropy),
-        policy_kls: column(&|t| t.policy_kl),
-        reference_kls: column(&|t| t.reference_kl),
-        alternatives: if any {
-            tokens
-                .iter()
-                .map(|t| t.as_ref().map(alternatives))
-                .collect()
-        } else {
-            Vec::new()
-        },
     }
 }
 
