@@ -13,7 +13,7 @@ use mdp_core::{
 use tabular::{Population, mild_process};
 
 const TURNED: f64 = 0.1;
-const STEPS: usize = 1200;
+const STEPS: usize = 600;
 /// What Adam leaves of a distance that is zero; the nearest miss below is a hundred times as far.
 const REACHED: f64 = 5e-4;
 const MISSED: f64 = 0.04;
