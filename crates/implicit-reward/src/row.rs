@@ -157,8 +157,7 @@ impl<S: Simd> Columns<S> {
                 *most = simd.max_f32s(x, *most);
             }
         }
-        let [a, b, c, d] = most_of_each;
-        let most = simd.reduce_max_f32s(simd.max_f32s(simd.max_f32s(a, b), simd.max_f32s(c, d)));
+        let most = simd.reduce_max_f32s(Self::most_of(simd, most_of_each));
         let larger = |most: f32, &x: &f32| if x > most { x } else { most };
         Self {
             most_of_each,
@@ -173,6 +172,12 @@ impl<S: Simd> Columns<S> {
         (lines, &row[lines.len() * Self::WIDTH..])
     }
 
+    /// The largest number of each lane of a line.
+    #[inline(always)]
+    fn most_of(simd: S, [a, b, c, d]: [S::f32s; COLUMNS]) -> S::f32s {
+        simd.max_f32s(simd.max_f32s(a, b), simd.max_f32s(c, d))
+    }
+
     /// The `n`-th largest number of the columns', of equals in different columns all; negative infinity
     /// where there are none left.
     ///
@@ -182,8 +187,7 @@ impl<S: Simd> Columns<S> {
         let mut left = self.most_of_each;
         let mut bound = f32::NEG_INFINITY;
         for _ in 0..n.min(Self::WIDTH + 1) {
-            let [a, b, c, d] = left;
-            bound = simd.reduce_max_f32s(simd.max_f32s(simd.max_f32s(a, b), simd.max_f32s(c, d)));
+            bound = simd.reduce_max_f32s(Self::most_of(simd, left));
             let (taken, none) = (simd.splat_f32s(bound), simd.splat_f32s(f32::NEG_INFINITY));
             left =
                 left.map(|x| simd.select_f32s(simd.greater_than_or_equal_f32s(x, taken), none, x));
@@ -216,8 +220,7 @@ impl<S: Simd> Columns<S> {
         };
         let (lines, rest) = Self::lines(row);
         for (index, line) in lines.iter().enumerate() {
-            let &[a, b, c, d] = line;
-            if !reached(simd.max_f32s(simd.max_f32s(a, b), simd.max_f32s(c, d))) {
+            if !reached(Self::most_of(simd, *line)) {
                 continue;
             }
             for (column, &x) in line.iter().enumerate() {
