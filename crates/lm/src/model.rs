@@ -521,7 +521,7 @@ pub(crate) struct SeqLayout {
 
 /// Which tokens see which.
 #[derive(Clone, Debug)]
-#[expect(
+#[allow(
     clippy::large_enum_variant,
     reason = "one for each forward pass, beside tensors that are larger still"
 )]

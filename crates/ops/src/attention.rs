@@ -26,6 +26,7 @@ impl Heads {
         (self.queries + 2 * self.keys) * self.width
     }
 
+    #[cfg(feature = "flex")]
     pub(crate) fn groups(&self) -> usize {
         self.queries / self.keys
     }
@@ -188,6 +189,7 @@ impl Turns {
 
     /// Cosines and sines of tokens that follow one another in a row, by the first one's flat place:
     /// `dims / 2` of each for a token.
+    #[cfg(feature = "flex")]
     pub(crate) fn of(&self, first: usize, tokens: usize) -> (&[f32], &[f32]) {
         let [rows, seq, half] = self.0.shape;
         let first = if rows == 1 { first % seq } else { first };

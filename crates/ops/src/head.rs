@@ -5,6 +5,7 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::{Int, Tensor};
 
 /// Statistics of a row of logits.
+#[cfg(any(feature = "flex", feature = "cube"))]
 pub(crate) const STATS: usize = 3;
 
 /// What a model's head says of some tokens, without graph but for the logps; each `[n]`.

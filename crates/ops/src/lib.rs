@@ -22,6 +22,10 @@
 
 mod attention;
 mod autodiff;
+#[cfg_attr(
+    not(any(feature = "flex", feature = "cube")),
+    expect(unused_variables, reason = "no backend is at hand to route to")
+)]
 mod backend;
 #[cfg(feature = "cube")]
 mod card;

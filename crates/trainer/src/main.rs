@@ -138,7 +138,7 @@ struct ScoreArgs {
     #[arg(long)]
     beta: Option<f64>,
     /// Prompt and completion together are cut to this many tokens.
-    #[arg(long, default_value_t = 1024)]
+    #[arg(long, default_value_t = ScoreOptions::MAX_LENGTH)]
     max_length: usize,
     /// Encode prompt and completion apart, for tokenizers that merge across spaces.
     #[arg(long)]
@@ -153,16 +153,16 @@ struct ScoreArgs {
     #[arg(long, value_name = "N")]
     max_rows: Option<usize>,
     /// Rows of the data in a batch.
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = ScoreOptions::BATCH_SIZE)]
     batch_size: usize,
     /// Alternatives to keep at each token: the policy's most likely ones.
-    #[arg(long, value_name = "K", default_value_t = 5)]
+    #[arg(long, value_name = "K", default_value_t = ScoreOptions::CANDIDATES)]
     top_k: usize,
     /// Rows on the page, the first ones.
-    #[arg(long, value_name = "N", default_value_t = 500)]
+    #[arg(long, value_name = "N", default_value_t = ScoreOptions::PAGE_ROWS)]
     page_rows: usize,
     /// Rows to print in colour, up to 20.
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value_t = ScoreOptions::SHOW)]
     show: usize,
     /// Time the models' forward passes alone on the same batches too.
     #[arg(long)]

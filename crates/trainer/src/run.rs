@@ -176,7 +176,7 @@ fn choose_folder(recipe: &Recipe, options: &RunOptions) -> Result<PathBuf, Train
 }
 
 /// Refuses a folder that the run cannot use; writes nothing.
-fn check_folder(folder: &Path, resolved: &str, resume: bool) -> Result<(), TrainError> {
+pub(crate) fn check_folder(folder: &Path, resolved: &str, resume: bool) -> Result<(), TrainError> {
     let refuse = |reason: &str| {
         Err(TrainError::RunFolder {
             path: folder.to_path_buf(),

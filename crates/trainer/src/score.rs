@@ -79,6 +79,42 @@ pub struct ScoreOptions {
     pub command: String,
 }
 
+impl ScoreOptions {
+    /// Default of `max_length`, tokens.
+    pub const MAX_LENGTH: usize = 1024;
+    /// Default of `batch_size`.
+    pub const BATCH_SIZE: usize = 8;
+    /// Default of `candidates`.
+    pub const CANDIDATES: usize = 5;
+    /// Default of `page_rows`.
+    pub const PAGE_ROWS: usize = 500;
+    /// Default of `show`.
+    pub const SHOW: usize = 2;
+
+    /// Scores all rows on the CPU; a row that cannot be scored is refused.
+    pub fn new(policy: PathBuf, reference: PathBuf, data: PathBuf, out: PathBuf) -> Self {
+        Self {
+            policy,
+            reference,
+            data,
+            out,
+            beta: None,
+            max_length: Self::MAX_LENGTH,
+            boundary: Boundary::Joined,
+            malformed_rows: Treatment::Refuse,
+            empty_completions: EmptyCompletions::Refuse,
+            max_rows: None,
+            batch_size: Self::BATCH_SIZE,
+            candidates: Self::CANDIDATES,
+            page_rows: Self::PAGE_ROWS,
+            show: Self::SHOW,
+            device: "cpu".into(),
+            bench: false,
+            command: "cargo xtask score".into(),
+        }
+    }
+}
+
 /// A finished scoring.
 #[derive(Clone, Debug)]
 pub struct ScoreOutcome {

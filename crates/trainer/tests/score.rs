@@ -10,9 +10,7 @@ use burn::tensor::Device;
 use common::{fail, model_folder, r2q, succeed, testdata, write};
 use dpo_loss::{Beta, PairLogps};
 use implicit_reward::PairRewards;
-use lm::data::{
-    Boundary, EmptyCompletions, TokenizeOptions, Treatment, read_preferences, tokenize_pairs,
-};
+use lm::data::{TokenizeOptions, read_preferences, tokenize_pairs};
 use lm::tokenizer::Tokenizer;
 use lm::{CompletionBatch, Transformer};
 use serde_json::{Map, Value, json};
@@ -40,24 +38,13 @@ impl Place {
     }
 
     fn options(&self, data: &Path, name: &str) -> ScoreOptions {
+        let (policy, reference) = (self.policy.clone(), self.reference.clone());
+        let out = self.folder.path().join(name);
         ScoreOptions {
-            policy: self.policy.clone(),
-            reference: self.reference.clone(),
-            data: data.to_path_buf(),
-            out: self.folder.path().join(name),
             beta: Some(Beta::new(BETA).unwrap()),
-            max_length: 1024,
-            boundary: Boundary::Joined,
-            malformed_rows: Treatment::Refuse,
-            empty_completions: EmptyCompletions::Refuse,
-            max_rows: None,
-            batch_size: 8,
             candidates: 3,
-            page_rows: 500,
             show: 1,
-            device: "cpu".into(),
-            bench: false,
-            command: "cargo xtask score".into(),
+            ..ScoreOptions::new(policy, reference, data.to_path_buf(), out)
         }
     }
 

@@ -35,7 +35,7 @@ struct Host {
 
 /// Logits, `[rows, vocab]`, where they came to be.
 #[derive(Debug)]
-#[expect(
+#[allow(
     clippy::large_enum_variant,
     reason = "there is one for each side of a step"
 )]

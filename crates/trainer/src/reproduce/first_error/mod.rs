@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use super::Target;
 use crate::error::TrainError;
 use crate::recipe::{DataRecipe, LoraRecipe, Recipe, Sources};
-use crate::run::{RunOptions, train};
+use crate::run::{RunOptions, check_folder, train};
 use crate::score::{ScoreOptions, score};
 
 pub use methods::{Figures, ReadPair, Step};
@@ -212,7 +212,7 @@ pub fn run(options: &FirstErrorOptions) -> Result<FirstErrorResults, TrainError>
     for &seed in &options.seeds {
         let settings = options.settings(seed);
         let result = super::of_seed(&options.out, seed, &settings, |folder| {
-            one_seed(options, &all, seed, folder)
+            one_seed(options, &all, seed, &settings, folder)
         })?;
         eprintln!("seed {seed}: {:.0} s", result.seconds);
         seeds.push(result);
@@ -232,6 +232,7 @@ fn one_seed(
     options: &FirstErrorOptions,
     all: &[Solutions],
     seed: u64,
+    settings: &str,
     folder: &Path,
 ) -> Result<SeedResult, TrainError> {
     let began = Instant::now();
@@ -251,13 +252,17 @@ fn one_seed(
     }
     let tokenizer = Tokenizer::from_folder(&options.model)?;
     let chat = ChatTemplate::from_tokenizer(&tokenizer)?.is_some();
+    let recipe = options.recipe(seed, folder);
+    let run = folder.join(RUN);
+    let resume = run.exists();
+    // A run of other settings keeps the data that it was made from.
+    check_folder(&run, &recipe.to_toml()?, resume)?;
     write_pairs(&folder.join(TRAIN), &training, chat)?;
     write_pairs(&folder.join(HELD_OUT), &held_out, chat)?;
-    let run = folder.join(RUN);
     let finished = train(
-        &options.recipe(seed, folder),
+        &recipe,
         &RunOptions {
-            resume: run.exists(),
+            resume,
             out: Some(run),
             device: options.device.clone(),
             cache: None,
@@ -269,29 +274,21 @@ fn one_seed(
         // Of an attempt that did not end.
         std::fs::remove_dir_all(&scores).map_err(TrainError::io(&scores))?;
     }
+    let (adapter, data) = (finished.folder.join("adapter"), folder.join(HELD_OUT));
     score(&ScoreOptions {
-        policy: finished.folder.join("adapter"),
-        reference: options.model.clone(),
-        data: folder.join(HELD_OUT),
-        out: scores.clone(),
         beta: Some(options.beta),
         max_length: MAX_LENGTH,
-        boundary: Boundary::Joined,
-        malformed_rows: Treatment::Refuse,
-        empty_completions: EmptyCompletions::Refuse,
-        max_rows: None,
-        batch_size: 8,
         candidates: 3,
         page_rows: held_out.len(),
         show: 0,
         device: options.device.clone(),
-        bench: false,
         command: options.command.clone(),
+        ..ScoreOptions::new(adapter, options.model.clone(), data, scores.clone())
     })?;
     let pairs = read_pairs(&scores.join("scores.jsonl"), &held_out)?;
     Ok(SeedResult {
         seed,
-        settings: options.settings(seed),
+        settings: settings.to_string(),
         train_pairs: training.len(),
         unread: held_out.len() - pairs.len(),
         pairs,
@@ -342,11 +339,12 @@ struct Line {
 
 impl Line {
     fn steps(&self, solution: &str) -> Option<Vec<Step>> {
-        let means = |values| step_means(&self.tokens, values, solution);
-        let rewards = means(&self.rewards)?;
-        let (policy, reference) = (means(&self.policy_logps)?, means(&self.reference_logps)?);
-        let steps = rewards.into_iter().zip(policy).zip(reference);
-        let step = |((reward, policy_logp), reference_logp)| Step {
+        let logps = self.policy_logps.iter().zip(&self.reference_logps);
+        let values = self.rewards.iter().zip(logps);
+        let values =
+            values.map(|(&reward, (&policy, &reference))| Some([reward?, policy?, reference?]));
+        let steps = step_means(&self.tokens, values, solution)?.into_iter();
+        let step = |[reward, policy_logp, reference_logp]: [f64; 3]| Step {
             reward,
             policy_logp,
             reference_logp,

@@ -129,22 +129,22 @@ fn results(line: &str) -> impl Iterator<Item = f64> {
     })
 }
 
-/// The mean of `values` over the tokens of each step of `solution`, as `tokens` spell it out.
+/// The means of `values` over the tokens of each step of `solution`, as `tokens` spell it out.
 ///
 /// A token belongs to the step in which its first letter stands; one of white space alone, to the
 /// step that it begins or ends in. `None` where the tokens do not hold the solution, as when it was
-/// cut, or a step has no token with a value.
-pub(super) fn step_means(
+/// cut, or a step has no token with values.
+pub(super) fn step_means<const N: usize>(
     tokens: &[String],
-    values: &[Option<f64>],
+    values: impl IntoIterator<Item = Option<[f64; N]>>,
     solution: &str,
-) -> Option<Vec<f64>> {
+) -> Option<Vec<[f64; N]>> {
     let text = tokens.concat();
     let begin = text.find(solution)?;
     let steps = steps(solution);
-    let mut sums = vec![(0.0, 0_usize); steps.len()];
+    let mut sums = vec![([0.0; N], 0_usize); steps.len()];
     let mut at = 0;
-    for (token, value) in tokens.iter().zip(values) {
+    for (token, values) in tokens.iter().zip(values) {
         let blank = token.len() - token.trim_start().len();
         let letter = if blank == token.len() { at } else { at + blank };
         at += token.len();
@@ -152,13 +152,16 @@ pub(super) fn step_means(
             (begin + step.start..=begin + step.end).contains(&letter)
                 && letter < begin + solution.len()
         };
-        if let (Some(value), Some(step)) = (value, steps.iter().position(holds)) {
-            sums[step].0 += value;
-            sums[step].1 += 1;
+        if let (Some(values), Some(step)) = (values, steps.iter().position(holds)) {
+            let (sums, n) = &mut sums[step];
+            for (sum, value) in sums.iter_mut().zip(values) {
+                *sum += value;
+            }
+            *n += 1;
         }
     }
-    let mean = |&(sum, n): &(f64, usize)| (n > 0).then(|| sum / n as f64);
-    sums.iter().map(mean).collect()
+    let mean = |(sums, n): ([f64; N], usize)| (n > 0).then(|| sums.map(|sum| sum / n as f64));
+    sums.into_iter().map(mean).collect()
 }
 
 #[cfg(test)]
@@ -208,14 +211,17 @@ mod tests {
     #[test]
     fn tokens_belong_to_the_step_that_their_letters_stand_in() {
         let tokens = strings(&["<s>", "a b", "\n", "\nc", " d\n", "A: 1", "</s>"]);
-        let values = [9.0, 1.0, 3.0, 5.0, 7.0, 9.0, 9.0].map(Some);
+        let values = [9.0, 1.0, 3.0, 5.0, 7.0, 9.0, 9.0].map(|x| Some([x, -x]));
         let solution = "a b\n\nc d\nA: 1";
-        assert_eq!(step_means(&tokens, &values, solution), Some(vec![2.0, 6.0]));
+        let means = |n: usize, values: [Option<[f64; 2]>; 7]| {
+            step_means(&tokens[..n], values[..n].iter().copied(), solution)
+        };
+        assert_eq!(means(7, values), Some(vec![[2.0, -2.0], [6.0, -6.0]]));
         let mut unread = values;
         unread[4] = None;
-        assert_eq!(step_means(&tokens, &unread, solution), Some(vec![2.0, 5.0]));
+        assert_eq!(means(7, unread), Some(vec![[2.0, -2.0], [5.0, -5.0]]));
         unread[3] = None;
-        assert_eq!(step_means(&tokens, &unread, solution), None);
-        assert_eq!(step_means(&tokens[..3], &values[..3], solution), None);
+        assert_eq!(means(7, unread), None);
+        assert_eq!(means(3, values), None);
     }
 }
