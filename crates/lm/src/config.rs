@@ -268,7 +268,7 @@ impl ModelConfig {
             vocab_size: fields.size("vocab_size", None)?,
             hidden_size,
             intermediate_size: fields.size("intermediate_size", None)?,
-            n_layers: fields.size("num_hidden_layers", None)?,
+            n_layers: fields.layers("num_hidden_layers", None)?,
             n_heads,
             n_kv_heads: fields.size("num_key_value_heads", Some(n_heads))?,
             head_dim,
@@ -300,7 +300,7 @@ impl ModelConfig {
             vocab_size: fields.size("vocab_size", None)?,
             hidden_size,
             intermediate_size: fields.size("intermediate_size", None)?,
-            n_layers: fields.size("num_hidden_layers", None)?,
+            n_layers: fields.layers("num_hidden_layers", None)?,
             n_heads,
             n_kv_heads: n_heads,
             head_dim,
@@ -339,7 +339,7 @@ impl ModelConfig {
             vocab_size: fields.size("vocab_size", Some(50_257))?,
             hidden_size,
             intermediate_size: fields.size("n_inner", Some(4 * hidden_size))?,
-            n_layers: fields.size("n_layer", Some(12))?,
+            n_layers: fields.layers("n_layer", Some(12))?,
             n_heads,
             n_kv_heads: n_heads,
             head_dim: hidden_size / n_heads,
@@ -455,15 +455,29 @@ impl Fields<'_> {
 
     fn size(&self, field: &str, default: Option<usize>) -> Result<usize, LmError> {
         // Larger sizes than this cannot be meant, and would overflow products of sizes.
-        const LARGEST: u64 = 1 << 31;
+        self.size_up_to(1 << 31, field, default)
+    }
+
+    /// A number of blocks. Each one's parameters are listed before the weights are looked at.
+    fn layers(&self, field: &str, default: Option<usize>) -> Result<usize, LmError> {
+        self.size_up_to(1 << 16, field, default)
+    }
+
+    fn size_up_to(
+        &self,
+        largest: u64,
+        field: &str,
+        default: Option<usize>,
+    ) -> Result<usize, LmError> {
+        let expected = format!("an integer from 1 to {largest}");
         let Some(value) = self.get(field) else {
-            return default.ok_or_else(|| self.missing(field, "a positive integer"));
+            return default.ok_or_else(|| self.missing(field, &expected));
         };
         value
             .as_u64()
-            .filter(|size| (1..=LARGEST).contains(size))
+            .filter(|size| (1..=largest).contains(size))
             .map(|size| size as usize)
-            .ok_or_else(|| self.error(field, format!("expected a positive integer, got {value}")))
+            .ok_or_else(|| self.error(field, format!("expected {expected}, got {value}")))
     }
 
     fn number(&self, field: &str, default: Option<f64>) -> Result<f64, LmError> {
@@ -473,7 +487,12 @@ impl Fields<'_> {
         value
             .as_f64()
             .filter(|number| number.is_finite() && *number >= 0.0)
-            .ok_or_else(|| self.error(field, format!("expected a number, got {value}")))
+            .ok_or_else(|| {
+                self.error(
+                    field,
+                    format!("expected a number that is not below 0, got {value}"),
+                )
+            })
     }
 
     fn flag(&self, field: &str, default: bool) -> Result<bool, LmError> {
@@ -648,5 +667,80 @@ impl Fields<'_> {
             pad_id: self.ids("pad_token_id")?.first().copied(),
             raw: Map::new(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn llama(field: &str, value: Value) -> Result<ModelConfig, LmError> {
+        let shape = LlamaShape {
+            vocab_size: 64,
+            hidden_size: 32,
+            intermediate_size: 48,
+            n_layers: 2,
+            n_heads: 4,
+            n_kv_heads: 2,
+            max_positions: 128,
+            tied: false,
+            eos_id: 1,
+            pad_id: 0,
+        };
+        let mut raw = ModelConfig::llama(&shape).unwrap().raw;
+        if value.is_null() {
+            raw.remove(field);
+        } else {
+            raw.insert(field.into(), value);
+        }
+        ModelConfig::from_json(raw, Path::new("folder/config.json"))
+    }
+
+    #[test]
+    fn what_no_model_can_be_is_refused_by_its_field() {
+        let sizes = "expected an integer from 1 to 2147483648, got";
+        let cases = [
+            ("hidden_size", json!(0), format!("{sizes} 0")),
+            ("hidden_size", json!(-32), format!("{sizes} -32")),
+            (
+                "vocab_size",
+                json!(4_000_000_000_u64),
+                format!("{sizes} 4000000000"),
+            ),
+            ("vocab_size", json!("64"), format!("{sizes} \"64\"")),
+            ("vocab_size", Value::Null, "missing".into()),
+            ("intermediate_size", json!(1.5), format!("{sizes} 1.5")),
+            ("max_position_embeddings", json!(0), format!("{sizes} 0")),
+            // Nothing is made for each of them.
+            (
+                "num_hidden_layers",
+                json!(2_000_000_000),
+                "an integer from 1 to 65536".into(),
+            ),
+            (
+                "num_key_value_heads",
+                json!(3),
+                "3 does not divide 4 heads".into(),
+            ),
+            (
+                "rms_norm_eps",
+                json!(-1),
+                "expected a number that is not below 0, got -1".into(),
+            ),
+            (
+                "quantization_config",
+                json!({"bits": 4}),
+                "not supported".into(),
+            ),
+            ("model_type", json!("mamba"), "mamba".into()),
+        ];
+        for (field, value, expected) in cases {
+            let said = llama(field, value.clone()).unwrap_err().to_string();
+            let named = said.contains("folder/config.json") && said.contains(field);
+            assert!(named && said.contains(&expected), "{field} {value}: {said}");
+        }
+        assert_eq!(llama("vocab_size", json!(96)).unwrap().vocab_size, 96);
     }
 }

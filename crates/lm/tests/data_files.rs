@@ -507,10 +507,8 @@ fn fine_tuning_and_labelled_rows_are_read_and_checked() {
     assert_eq!(found.report.completions, 2);
     let bad = scratch.write("bad.jsonl", "{\"body\": \"x\"}");
     let error = read_sft(&bad).unwrap().next().unwrap().unwrap_err();
-    assert!(
-        error.to_string().contains("column `text` (or `messages`"),
-        "{error}"
-    );
+    let expected = "column `text`, `messages`, or `prompt` with `completion` is missing";
+    assert!(error.to_string().contains(expected), "{error}");
 
     let path = scratch.write(
         "kto.jsonl",

@@ -83,16 +83,16 @@ struct TrainArgs {
     #[arg(long)]
     seed: Option<u64>,
     /// Strength of the KL penalty, in reward units per nat.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     beta: Option<f64>,
     /// Learning rate of the preference stage.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     learning_rate: Option<f64>,
     /// Pairs in a micro-batch of the preference stage.
     #[arg(long)]
     batch_size: Option<usize>,
     /// Passes over the pairs.
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     epochs: Option<f64>,
     /// The most steps of the preference stage.
     #[arg(long)]
@@ -135,7 +135,7 @@ struct ScoreArgs {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Reward units per nat [default: of the run that the policy lies in, or 0.1].
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     beta: Option<f64>,
     /// Prompt and completion together are cut to this many tokens.
     #[arg(long, default_value_t = ScoreOptions::MAX_LENGTH)]

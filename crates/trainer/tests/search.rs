@@ -143,7 +143,11 @@ fn greedy_search_and_a_beam_of_one_write_what_the_decoder_writes() {
     let expected = greedy_of(&policy(&model()));
     let algorithms: [(&str, &[&str]); 2] = [
         ("greedy", &["--algorithm", "greedy"]),
-        ("beam", &["--width", "1", "--n-best", "1"]),
+        // Of one beam there is nothing to rank by length.
+        (
+            "beam",
+            &["--width", "1", "--n-best", "1", "--length-penalty", "-1"],
+        ),
     ];
     for (name, flags) in algorithms {
         let rows = found(&folder.path().join(name), flags);
@@ -283,7 +287,7 @@ fn bad_input_is_one_line() {
         (&["--prompt", "a", "--n-best", "9"], "n_best"),
         (&["--prompt", "a", "--ban", "99999999"], "99999999"),
         (&["--prompt", "a", "--beta", "0"], "--beta"),
-        (&["--prompt", "a", "--budget-seconds=-1"], "-1"),
+        (&["--prompt", "a", "--budget-seconds", "-1"], "-1"),
         (&["--prompt", "a", "--stop", ""], "stop"),
         (&["--prompt", "a", "--top-k", "0"], "top_k"),
         (

@@ -237,7 +237,7 @@ impl SftRow {
                 }
             }
         } else {
-            return Err(row.missing("text` (or `messages`, or `prompt` with `completion"));
+            return Err(row.missing("text`, `messages`, or `prompt` with `completion"));
         };
         let (tools, template_kwargs) = row.template_columns()?;
         Ok(Self {

@@ -55,13 +55,13 @@ pub(crate) struct SamplingArgs {
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,
     /// Divides the logits; 1 is the policy's own distribution.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
     temperature: f64,
     /// Keep the most likely tokens only.
     #[arg(long)]
     top_k: Option<usize>,
     /// Keep the fewest most likely tokens whose probability reaches this.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
     top_p: f64,
     /// Seed of prompts, samples, labels and intervals.
     #[arg(long, default_value_t = 1)]
@@ -118,10 +118,10 @@ pub(crate) struct JudgeArgs {
     #[arg(long, value_name = "VARIABLE")]
     judge_key_env: Option<String>,
     /// Longest wait for the command's next reward, seconds.
-    #[arg(long, default_value_t = 60.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 60.0)]
     deadline: f64,
     /// Two rewards that differ by at most this are a tie.
-    #[arg(long, default_value_t = judge::SAME_REWARD)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = judge::SAME_REWARD)]
     tie_band: f64,
 }
 

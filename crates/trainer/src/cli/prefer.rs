@@ -23,7 +23,7 @@ pub(crate) struct PreferArgs {
     pairs: Pairs,
     /// Draw labels by the Bradley-Terry model at this many nats a reward unit, instead of choosing
     /// the higher reward.
-    #[arg(long, value_name = "SHARPNESS")]
+    #[arg(long, allow_negative_numbers = true, value_name = "SHARPNESS")]
     bradley_terry: Option<f64>,
     /// Seed of drawn labels.
     #[arg(long, default_value_t = 1)]

@@ -163,13 +163,13 @@ struct FirstErrorArgs {
     #[arg(long, value_name = "N")]
     eval_pairs: Option<usize>,
     /// Passes over the pairs [default: 1].
-    #[arg(long, value_name = "X")]
+    #[arg(long, allow_negative_numbers = true, value_name = "X")]
     epochs: Option<f64>,
     /// Strength of the divergence, in reward units a nat [default: 0.1].
-    #[arg(long, value_name = "X")]
+    #[arg(long, allow_negative_numbers = true, value_name = "X")]
     beta: Option<f64>,
     /// The adapters' learning rate at its height [default: 0.0002].
-    #[arg(long, value_name = "X")]
+    #[arg(long, allow_negative_numbers = true, value_name = "X")]
     learning_rate: Option<f64>,
     /// Where to compute: cpu, wgpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]

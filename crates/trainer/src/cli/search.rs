@@ -46,7 +46,12 @@ pub(crate) struct SearchArgs {
     #[arg(long, value_name = "DIR", requires = "expert")]
     anti_expert: Option<PathBuf>,
     /// Proxy tuning: how far to go; 0 is the policy alone.
-    #[arg(long, default_value_t = 1.0, requires = "expert")]
+    #[arg(
+        long,
+        allow_negative_numbers = true,
+        default_value_t = 1.0,
+        requires = "expert"
+    )]
     alpha: f64,
     /// One prompt.
     #[arg(long, value_name = "TEXT", group = "which")]
@@ -67,10 +72,10 @@ pub(crate) struct SearchArgs {
     #[arg(long, value_enum, default_value_t = ScoreName::Likelihood)]
     score: ScoreName,
     /// How much of the reference's log-probability `mix` subtracts.
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.5)]
     reference_weight: f64,
     /// Reward units per nat, for the implicit reward that is reported.
-    #[arg(long, default_value_t = 0.1)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.1)]
     beta: f64,
     /// The most tokens of a completion.
     #[arg(long, default_value_t = 64)]
@@ -94,7 +99,7 @@ pub(crate) struct SearchArgs {
     #[arg(long, default_value_t = 5)]
     width: usize,
     /// beam: scores are divided by the length to this power.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0)]
     length_penalty: f64,
     /// beam: when to stop looking.
     #[arg(long, value_enum, default_value_t = Stopping::Never)]
@@ -103,16 +108,16 @@ pub(crate) struct SearchArgs {
     #[arg(long, default_value_t = 1)]
     groups: usize,
     /// beam: nats that a token costs a later group for each earlier one that took it.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 0.0)]
     diversity_penalty: f64,
     /// sample, best-of-n: completions drawn.
     #[arg(long, default_value_t = 8)]
     n: usize,
     /// sample, best-of-n: divides the logits.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
     temperature: f64,
     /// sample, best-of-n: keep the fewest likeliest tokens whose probability reaches this.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
     top_p: f64,
     /// Seed of draws, and of the memo task's prompts.
     #[arg(long, default_value_t = 1)]
@@ -127,7 +132,7 @@ pub(crate) struct SearchArgs {
     #[arg(long, value_enum, default_value_t = BackupName::Max)]
     backup: BackupName,
     /// mcts: weight of the prior against the values.
-    #[arg(long, default_value_t = 1.25)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1.25)]
     exploration: f64,
     /// mcts: one tree from the prompt, without committing to a token at a time.
     #[arg(long)]
@@ -142,7 +147,7 @@ pub(crate) struct SearchArgs {
     #[arg(long, value_name = "N")]
     budget_tokens: Option<usize>,
     /// The most seconds for one prompt.
-    #[arg(long, value_name = "S")]
+    #[arg(long, allow_negative_numbers = true, value_name = "S")]
     budget_seconds: Option<f64>,
     /// The most MiB of keys and values; what is beyond is computed again.
     #[arg(long, value_name = "MIB")]
