@@ -523,7 +523,7 @@ pub(crate) struct SeqLayout {
 #[derive(Clone, Debug)]
 #[allow(
     clippy::large_enum_variant,
-    reason = "one for each forward pass, beside tensors that are larger still"
+    reason = "one for each forward pass, beside tensors that are larger still; how large depends on the backends"
 )]
 pub(crate) enum Sight {
     /// Each other alone.

@@ -37,7 +37,7 @@ struct Host {
 #[derive(Debug)]
 #[allow(
     clippy::large_enum_variant,
-    reason = "there is one for each side of a step"
+    reason = "there is one for each side of a step; how large depends on the backends"
 )]
 pub(super) enum Logits {
     Tensor(Tensor<2>),
