@@ -363,7 +363,12 @@ impl ModelConfig {
             Family::Gpt2 => "n_embd",
             _ => "hidden_size",
         };
-        let needs_division = matches!(self.family, Family::Gpt2 | Family::GptNeox);
+        let needs_division = match self.family {
+            Family::Gpt2 | Family::GptNeox => true,
+            // Its heads have 128 dimensions unless it says otherwise.
+            Family::Qwen3 => false,
+            _ => fields.get("head_dim").is_none(),
+        };
         if needs_division && !self.hidden_size.is_multiple_of(self.n_heads) {
             return Err(fields.error(
                 hidden_field,
@@ -384,7 +389,10 @@ impl ModelConfig {
         {
             return Err(fields.error(
                 "head_dim",
-                format!("{} of {} dimensions cannot turn", rope.dims, self.head_dim),
+                format!(
+                    "rotary positions turn an even number of dimensions above 0, got {} of {}",
+                    rope.dims, self.head_dim
+                ),
             ));
         }
         for (name, id) in [("bos_token_id", self.bos_id), ("pad_token_id", self.pad_id)]
@@ -557,21 +565,23 @@ impl Fields<'_> {
         if let Some((name, table)) = table
             && let Some(value) = table.get("rope_theta").filter(|value| !value.is_null())
         {
-            return value
-                .as_f64()
-                .filter(|theta| theta.is_finite() && *theta > 0.0)
-                .ok_or_else(|| {
-                    self.error(
-                        &format!("{name}.rope_theta"),
-                        format!("expected a positive number, got {value}"),
-                    )
-                });
+            return self.positive(&format!("{name}.rope_theta"), value);
         }
         let field = match self.get(older) {
             Some(_) => older,
             None => "rope_theta",
         };
-        self.number(field, Some(default))
+        match self.get(field) {
+            Some(value) => self.positive(field, value),
+            None => Ok(default),
+        }
+    }
+
+    fn positive(&self, field: &str, value: &Value) -> Result<f64, LmError> {
+        value
+            .as_f64()
+            .filter(|number| number.is_finite() && *number > 0.0)
+            .ok_or_else(|| self.error(field, format!("expected a positive number, got {value}")))
     }
 
     fn rope_dims(&self, older: &str, head_dim: usize, default: f64) -> Result<usize, LmError> {
@@ -676,7 +686,7 @@ mod tests {
 
     use super::*;
 
-    fn llama(field: &str, value: Value) -> Result<ModelConfig, LmError> {
+    fn llama(edits: &[(&str, Value)]) -> Result<ModelConfig, LmError> {
         let shape = LlamaShape {
             vocab_size: 64,
             hidden_size: 32,
@@ -690,10 +700,12 @@ mod tests {
             pad_id: 0,
         };
         let mut raw = ModelConfig::llama(&shape).unwrap().raw;
-        if value.is_null() {
-            raw.remove(field);
-        } else {
-            raw.insert(field.into(), value);
+        for (field, value) in edits {
+            if value.is_null() {
+                raw.remove(*field);
+            } else {
+                raw.insert((*field).into(), value.clone());
+            }
         }
         ModelConfig::from_json(raw, Path::new("folder/config.json"))
     }
@@ -730,6 +742,16 @@ mod tests {
                 "expected a number that is not below 0, got -1".into(),
             ),
             (
+                "rope_theta",
+                json!(0),
+                "expected a positive number, got 0".into(),
+            ),
+            (
+                "head_dim",
+                json!(15),
+                "an even number of dimensions above 0, got 15 of 15".into(),
+            ),
+            (
                 "quantization_config",
                 json!({"bits": 4}),
                 "not supported".into(),
@@ -737,10 +759,18 @@ mod tests {
             ("model_type", json!("mamba"), "mamba".into()),
         ];
         for (field, value, expected) in cases {
-            let said = llama(field, value.clone()).unwrap_err().to_string();
+            let said = llama(&[(field, value.clone())]).unwrap_err().to_string();
             let named = said.contains("folder/config.json") && said.contains(field);
             assert!(named && said.contains(&expected), "{field} {value}: {said}");
         }
-        assert_eq!(llama("vocab_size", json!(96)).unwrap().vocab_size, 96);
+        let wider = llama(&[("vocab_size", json!(96))]).unwrap();
+        assert_eq!(wider.vocab_size, 96);
+        // Where the heads' size is not said, they share the hidden size.
+        let shared = [("head_dim", Value::Null), ("num_attention_heads", json!(6))];
+        let said = llama(&shared).unwrap_err().to_string();
+        assert!(
+            said.contains("`hidden_size`: 32 is not a multiple of 6 heads"),
+            "{said}"
+        );
     }
 }

@@ -37,6 +37,14 @@ pub enum LmError {
         /// What was expected and what came.
         reason: String,
     },
+    /// Logits that are no distribution: the weights are too large, or the numbers too small a type.
+    #[error(
+        "the logits after {tokens} new tokens are not all numbers; nothing can be drawn from them"
+    )]
+    Logits {
+        /// Tokens that were drawn before.
+        tokens: usize,
+    },
     /// A request to the decoder or the model that cannot be served.
     #[error("{0}")]
     Request(String),

@@ -64,6 +64,20 @@ pub fn write_folder_atomically<E: From<io::Error>>(
     Ok(())
 }
 
+/// Whether a file or folder could be made at `path`, where there is none yet, with the folders above
+/// it that are missing. Leaves nothing behind.
+///
+/// # Errors
+///
+/// What keeps the nearest folder that is there from being written.
+pub fn check_writable(path: &Path) -> io::Result<()> {
+    let mut folder = parent(path);
+    while !folder.exists() {
+        folder = parent(&folder);
+    }
+    tempfile::tempfile_in(&folder).map(drop)
+}
+
 fn parent(path: &Path) -> PathBuf {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder.to_path_buf(),
@@ -95,6 +109,15 @@ mod tests {
         assert!(failed.is_err());
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_written_is_known_before_the_work() {
+        let folder = tempfile::tempdir().unwrap();
+        check_writable(&folder.path().join("a/b/c.json")).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        fs::write(folder.path().join("file"), "").unwrap();
+        assert!(check_writable(&folder.path().join("file/c.json")).is_err());
     }
 
     #[test]

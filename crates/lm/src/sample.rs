@@ -53,22 +53,24 @@ impl Sampling {
 
 /// Draws one token id from a row of logits.
 ///
-/// Cuts to `top_k`, then to `top_p` of what is left, as transformers does.
-///
-/// # Panics
-///
-/// If `logits` is empty.
-pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut impl Rng) -> u32 {
+/// Cuts to `top_k`, then to `top_p` of what is left, as transformers does. Returns nothing where the
+/// logits are no distribution: one is NaN or infinity, or none is finite.
+pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut impl Rng) -> Option<u32> {
     let uniform: f64 = rng.random();
     let scaled = |logit: f32| f64::from(logit) / sampling.temperature;
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weight = |logit: f32| (scaled(logit) - scaled(largest)).exp();
+    // A logit that is no number makes a weight, and so the sum, NaN; and so does a largest one that
+    // is infinite.
+    let total: f64 = logits.iter().map(|&logit| weight(logit)).sum();
+    if total.is_nan() || logits.is_empty() {
+        return None;
+    }
     if sampling.top_k.is_none() && sampling.top_p >= 1.0 {
-        let total: f64 = logits.iter().map(|&logit| weight(logit)).sum();
-        return pick(
+        return Some(pick(
             logits.iter().map(|&logit| weight(logit)).enumerate(),
             uniform * total,
-        );
+        ));
     }
     let mut ranked: Vec<(usize, f64)> = logits.iter().map(|&l| weight(l)).enumerate().collect();
     // Equal weights keep the order of their ids.
@@ -85,7 +87,7 @@ pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut impl Rng) -> u32 {
         .map_or(ranked.len(), |last| last + 1);
     ranked.truncate(kept);
     let total: f64 = ranked.iter().map(|(_, weight)| weight).sum();
-    pick(ranked.into_iter(), uniform * total)
+    Some(pick(ranked.into_iter(), uniform * total))
 }
 
 fn pick(weights: impl Iterator<Item = (usize, f64)>, target: f64) -> u32 {
@@ -124,7 +126,7 @@ mod tests {
         let mut rng = ChaCha8Rng::seed_from_u64(1);
         let mut counts = [0; 4];
         for _ in 0..20_000 {
-            counts[sample(&logits, sampling, &mut rng) as usize] += 1;
+            counts[sample(&logits, sampling, &mut rng).unwrap() as usize] += 1;
         }
         counts
             .iter()
@@ -174,6 +176,31 @@ mod tests {
             ..Sampling::default()
         });
         assert!((got[1] - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn nothing_is_drawn_from_what_is_no_distribution() {
+        let all = Sampling::default();
+        let cut = Sampling {
+            top_k: Some(1),
+            ..all
+        };
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let (none, most) = (f32::NEG_INFINITY, f32::INFINITY);
+        for sampling in [all, cut] {
+            for bad in [
+                &[1.0, f32::NAN][..],
+                &[-f32::NAN, 1.0],
+                &[f32::NAN, f32::NAN],
+                &[most, 1.0],
+                &[none, none],
+                &[],
+            ] {
+                assert_eq!(sample(bad, &sampling, &mut rng), None, "{bad:?}");
+            }
+            // A token that cannot be is no error.
+            assert_eq!(sample(&[none, 1.0], &sampling, &mut rng), Some(1));
+        }
     }
 
     #[test]

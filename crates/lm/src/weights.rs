@@ -151,7 +151,8 @@ impl WeightFiles {
     ///
     /// # Errors
     ///
-    /// A name that is not there, a shape other than `shape`, or a type that is not a float.
+    /// A name that is not there, a shape other than `shape`, a type that is not a float, or a value
+    /// that is NaN or infinite.
     pub fn read(&self, name: &str, shape: &[usize]) -> Result<HostTensor, LmError> {
         let Some(&shard) = self.tensors.get(name) else {
             return Err(LmError::weights(
@@ -183,6 +184,15 @@ impl WeightFiles {
                 ),
             )
         })?;
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            return Err(LmError::weights(
+                &shard.path,
+                format!(
+                    "tensor `{name}` holds {} as value {at}, expected finite numbers",
+                    values[at]
+                ),
+            ));
+        }
         Ok(HostTensor {
             shape: shape.to_vec(),
             values,

@@ -140,6 +140,18 @@ fn a_row_that_is_no_object_is_named() {
 }
 
 #[test]
+fn a_column_that_is_there_twice_is_named() {
+    let twice = r#"{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}"#;
+    let said = message(&format!("{GOOD}\n{twice}\n"));
+    assert!(
+        said.starts_with("pairs.jsonl line 2: bad JSON: column `chosen` is there twice"),
+        "{said}"
+    );
+    let said = message(&format!("[{twice}]"));
+    assert!(said.contains("column `chosen` is there twice"), "{said}");
+}
+
+#[test]
 fn a_missing_column_is_named_on_every_row() {
     assert_eq!(
         message(&format!(

@@ -46,7 +46,12 @@ impl Default for BeamConfig {
 }
 
 impl BeamConfig {
-    fn check(&self) -> Result<(), SearchError> {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    ///
+    /// [`SearchError::Setting`] for the first setting that is out of its range.
+    pub fn check(&self) -> Result<(), SearchError> {
         if self.width == 0 {
             return Err(SearchError::setting("width", 0, "at least 1"));
         }

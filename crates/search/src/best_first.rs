@@ -28,6 +28,23 @@ impl Default for BestFirstConfig {
     }
 }
 
+impl BestFirstConfig {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    ///
+    /// [`SearchError::Setting`] for the first setting that is out of its range.
+    pub fn check(&self) -> Result<(), SearchError> {
+        if self.n_best == 0 {
+            return Err(SearchError::setting("n_best", 0, "at least 1"));
+        }
+        if self.batch == 0 {
+            return Err(SearchError::setting("batch", 0, "at least 1"));
+        }
+        Ok(())
+    }
+}
+
 /// The `n_best` completions of the highest scores, by always expanding the best open prefix.
 ///
 /// With [`Score::Likelihood`](crate::Score::Likelihood) this is Dijkstra's algorithm with costs
@@ -64,12 +81,7 @@ pub fn best_first<M: PrefixModel + ?Sized>(
     request: &Request<'_>,
     config: &BestFirstConfig,
 ) -> Result<SearchOutput, SearchError> {
-    if config.n_best == 0 {
-        return Err(SearchError::setting("n_best", 0, "at least 1"));
-    }
-    if config.batch == 0 {
-        return Err(SearchError::setting("batch", 0, "at least 1"));
-    }
+    config.check()?;
     let mut space = Space::new(model, request)?;
     let mut best = Best::new(config.n_best);
     // Every state expanded so far stands in the heap by its best child that is left, so that the heap

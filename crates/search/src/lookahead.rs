@@ -27,6 +27,23 @@ impl Default for LookaheadConfig {
     }
 }
 
+impl LookaheadConfig {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    ///
+    /// [`SearchError::Setting`] for the first setting that is out of its range.
+    pub fn check(&self) -> Result<(), SearchError> {
+        if self.depth == 0 {
+            return Err(SearchError::setting("depth", 0, "at least 1"));
+        }
+        if self.width == Some(0) {
+            return Err(SearchError::setting("width", 0, "at least 1"));
+        }
+        Ok(())
+    }
+}
+
 /// The completion that a K-step planner writes: at each state the first token of the best
 /// `depth`-token continuation, judged by its score and the value of where it leads.
 ///
@@ -62,12 +79,7 @@ pub fn lookahead<M: PrefixModel + ?Sized>(
     config: &LookaheadConfig,
     mut leaf: Leaf<'_>,
 ) -> Result<SearchOutput, SearchError> {
-    if config.depth == 0 {
-        return Err(SearchError::setting("depth", 0, "at least 1"));
-    }
-    if config.width == Some(0) {
-        return Err(SearchError::setting("width", 0, "at least 1"));
-    }
+    config.check()?;
     leaf.check()?;
     let mut space = Space::new(model, request)?;
     let mut look = Look::default();

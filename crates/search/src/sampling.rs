@@ -38,7 +38,12 @@ impl Default for SampleConfig {
 }
 
 impl SampleConfig {
-    pub(crate) fn check(&self) -> Result<(), SearchError> {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    ///
+    /// [`SearchError::Setting`] for the first setting that is out of its range.
+    pub fn check(&self) -> Result<(), SearchError> {
         let positive = "a number above 0 (greedy is the limit of 0)";
         if self.n == 0 {
             return Err(SearchError::setting("n", 0, "at least 1"));

@@ -202,7 +202,8 @@ pub fn divergences(
 ///
 /// # Errors
 ///
-/// A prompt that with `max_new_tokens` exceeds the model's longest sequence.
+/// A prompt that with `max_new_tokens` exceeds the model's longest sequence, or logits from which
+/// nothing can be drawn.
 pub fn sample_completions<P: AsRef<[u32]> + Sync>(
     policy: &Transformer,
     prompts: &[P],
@@ -214,7 +215,7 @@ pub fn sample_completions<P: AsRef<[u32]> + Sync>(
 ) -> Result<Vec<Generated>, TrainError> {
     // Enough rows to keep the cores busy, few enough to keep the cache small.
     const ROWS: usize = 64;
-    let progress = Mutex::new(Progress::new(label, "prompts", prompts.len(), 0));
+    let progress = Mutex::new(Progress::new(label, "completions", prompts.len(), 0));
     let chunks: Vec<&[P]> = prompts.chunks(ROWS).collect();
     let completions = workers.map(chunks.len(), |index| {
         let options = Generate {

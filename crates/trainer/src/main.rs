@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use lm::data::{Boundary, EmptyCompletions, Treatment};
 use trainer::score::{ScoreOptions, score};
 use trainer::{
@@ -192,7 +192,8 @@ fn main() -> ExitCode {
         )
         .with_writer(std::io::stderr)
         .init();
-    let cli = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     // Training says which batch it was at; the other commands have one kind of batch each.
     let (place, lower) = match &cli.command {
         Command::Train(_) => ("train", "the model's or the batches' size"),
@@ -210,7 +211,7 @@ fn main() -> ExitCode {
         lower: lower.into(),
         rows: Vec::new(),
     };
-    let result = within_memory(|| run(cli.command), shortage);
+    let result = within_memory(|| run(cli.command, &matches), shortage);
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -220,14 +221,17 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> anyhow::Result<()> {
+fn run(command: Command, matches: &ArgMatches) -> anyhow::Result<()> {
     match command {
         Command::Train(args) => run_train(&args),
         Command::Sample(args) => args.run(),
         Command::Prefer(args) => args.run(),
         Command::Eval(args) => args.run(),
         Command::Score(args) => run_score(&args),
-        Command::Search(args) => args.run(),
+        Command::Search(args) => {
+            let (_, given) = matches.subcommand().context("no command")?;
+            args.run(given)
+        }
         Command::Reproduce(args) => {
             let command: Vec<String> = std::env::args().skip(1).collect();
             args.run(format!("cargo xtask {}", command.join(" ")))
@@ -356,8 +360,11 @@ impl From<EmptyWay> for EmptyCompletions {
 
 fn run_score(args: &ScoreArgs) -> anyhow::Result<()> {
     let command: Vec<String> = std::env::args().skip(1).collect();
-    let positive = |name: &str, value: usize| {
-        anyhow::ensure!(value > 0, "{name}: expected a number above 0, got 0");
+    let at_least = |least: usize, name: &str, value: usize| {
+        anyhow::ensure!(
+            value >= least,
+            "{name}: expected at least {least}, got {value}"
+        );
         Ok(value)
     };
     let reference = match &args.reference {
@@ -376,7 +383,7 @@ fn run_score(args: &ScoreArgs) -> anyhow::Result<()> {
             .map(dpo_loss::Beta::new)
             .transpose()
             .context("--beta")?,
-        max_length: positive("--max-length", args.max_length)?,
+        max_length: at_least(2, "--max-length", args.max_length)?,
         boundary: if args.encode_apart {
             Boundary::Apart
         } else {
@@ -390,9 +397,9 @@ fn run_score(args: &ScoreArgs) -> anyhow::Result<()> {
         empty_completions: args.empty_completions.into(),
         max_rows: args
             .max_rows
-            .map(|n| positive("--max-rows", n))
+            .map(|n| at_least(1, "--max-rows", n))
             .transpose()?,
-        batch_size: positive("--batch-size", args.batch_size)?,
+        batch_size: at_least(1, "--batch-size", args.batch_size)?,
         candidates: args.top_k,
         page_rows: args.page_rows,
         show: args.show,

@@ -6,7 +6,7 @@ use burn::tensor::Device;
 use judge::Sample;
 use lm::chat::{ChatTemplate, Message, RenderOptions};
 use lm::tokenizer::Tokenizer;
-use lm::{AdapterFolder, Sampling, Transformer};
+use lm::{AdapterFolder, LmError, Sampling, Transformer};
 use memo_task::{MemoConfig, MemoTask, Split};
 use serde::Deserialize;
 use serde_json::Value;
@@ -193,7 +193,8 @@ pub struct SampleOptions {
 ///
 /// # Errors
 ///
-/// A prompt that with `max_new_tokens` exceeds the model's longest sequence.
+/// A prompt that with `max_new_tokens` exceeds the model's longest sequence, or logits from which
+/// nothing can be drawn.
 pub fn sample_prompts(
     policy: &Policy,
     prompts: &Prompts,
@@ -215,7 +216,14 @@ pub fn sample_prompts(
         options.seed,
         workers,
         label,
-    )?;
+    )
+    .map_err(|error| match error {
+        TrainError::Model(LmError::Logits { .. }) => TrainError::Policy {
+            path: policy.folder.clone(),
+            reason: error.to_string(),
+        },
+        other => other,
+    })?;
     drawn
         .into_iter()
         .enumerate()

@@ -156,7 +156,9 @@ impl ScoreOutcome {
             text.push('\n');
         }
         for (key, value) in &self.summary {
-            if let Some(value) = value.as_f64() {
+            if value.is_u64() {
+                text += &format!("{key:28} {value:>12}\n");
+            } else if let Some(value) = value.as_f64() {
                 text += &format!("{key:28} {value:>12.4}\n");
             }
         }
@@ -181,14 +183,25 @@ const FILES: [&str; 3] = ["scores.jsonl", "scores.html", "summary.json"];
 ///
 /// If the device fails.
 pub fn score(options: &ScoreOptions) -> Result<ScoreOutcome, TrainError> {
-    let began = Instant::now();
     check_folder(&options.out)?;
+    let is_new = !options.out.exists();
+    let outcome = score_file(options);
+    if outcome.is_err() && is_new {
+        // Only if nothing is in it.
+        std::fs::remove_dir(&options.out).ok();
+    }
+    outcome
+}
+
+fn score_file(options: &ScoreOptions) -> Result<ScoreOutcome, TrainError> {
+    let began = Instant::now();
     let device = crate::device::device(&options.device)?;
     let (encoder, beta, config) = prepare(options)?;
     let n_rows = rows::count(&options.data, options.malformed_rows, options.max_rows)?;
     let models = read_models(options, &device)?;
     let vocabulary = Vocabulary::new(&encoder.tokenizer, config.vocab_size);
     std::fs::create_dir_all(&options.out).map_err(TrainError::io(&options.out))?;
+    crate::checkpoint::clean(&options.out)?;
 
     let mut run = Run {
         options,

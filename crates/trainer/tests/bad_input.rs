@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::{
-    TINY, contents, fail, metrics, model_folder, names, succeed, temporary, testdata, train,
+    TINY, contents, fail, metrics, model_folder, names, r2q, succeed, temporary, testdata, train,
     train_on, write,
 };
 use serde_json::{Value, json};
@@ -77,6 +77,21 @@ impl Input {
         let mut bytes = std::fs::read(&path).unwrap();
         change(&mut bytes);
         std::fs::write(path, bytes).unwrap();
+    }
+
+    /// Puts one value in every place of a tensor, which is stored as bf16.
+    fn fill(&self, tensor: &str, value: f32) {
+        self.edit_bytes("model.safetensors", |bytes| {
+            let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            let header: Value = serde_json::from_slice(&bytes[8..start]).unwrap();
+            assert_eq!(header[tensor]["dtype"], "BF16");
+            let ends = &header[tensor]["data_offsets"];
+            let [from, to] = [0, 1].map(|end| start + ends[end].as_u64().unwrap() as usize);
+            let [_, _, low, high] = value.to_le_bytes();
+            for place in bytes[from..to].chunks_exact_mut(2) {
+                place.copy_from_slice(&[low, high]);
+            }
+        });
     }
 
     /// Puts another header before the bytes of the weights.
@@ -487,13 +502,27 @@ fn a_device_that_is_not_there_is_named() {
 // Numbers.
 
 #[test]
+fn weights_that_are_not_numbers_are_refused_by_their_tensor() {
+    for (bad, shown) in [(f32::NAN, "NaN"), (f32::NEG_INFINITY, "-inf")] {
+        let input = Input::new("qwen2");
+        input.fill("model.norm.weight", bad);
+        input.refused(&[&format!(
+            "model.safetensors: tensor `model.norm.weight` holds {shown} as value 0, \
+             expected finite numbers"
+        )]);
+    }
+}
+
+/// A model of finite weights whose logits are none.
+fn overflowing() -> Input {
+    let input = Input::new("qwen2");
+    input.fill("model.norm.weight", f32::MAX);
+    input
+}
+
+#[test]
 fn a_model_whose_logps_are_not_numbers_is_refused_by_row() {
-    let input = Input::new("gpt2");
-    // The stored type is f32, and the last tensor of the file is used for every token.
-    input.edit_bytes("model.safetensors", |bytes| {
-        let end = bytes.len();
-        bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
-    });
+    let input = overflowing();
     let error = fail(&mut input.command());
     for part in [
         "reference logps, train",
@@ -504,6 +533,29 @@ fn a_model_whose_logps_are_not_numbers_is_refused_by_row() {
         assert!(error.contains(part), "{error}");
     }
     assert_eq!(names(&input.out), ["inputs.sha256", "recipe.toml"]);
+}
+
+#[test]
+fn nothing_is_sampled_from_logits_that_are_not_numbers() {
+    let input = overflowing();
+    let prompts = write(
+        input.folder.path(),
+        "prompts.jsonl",
+        "{\"prompt\": \"8 and 9 is\"}\n",
+    );
+    for flags in [&[][..], &["--top-k", "3"]] {
+        let mut command = r2q();
+        command
+            .args(["sample", "--max-new-tokens", "4"])
+            .args(flags);
+        command.arg("--policy").arg(&input.model);
+        command.arg("--prompts").arg(&prompts);
+        command.arg("--out").arg(&input.out);
+        input.refused_by(
+            &mut command,
+            &["qwen2", "the logits after 0 new tokens are not all numbers"],
+        );
+    }
 }
 
 #[test]

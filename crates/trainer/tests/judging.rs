@@ -67,7 +67,9 @@ fn samples_are_scored_labelled_and_trained_on() {
         "20",
     ]);
     command.arg("--policy").arg(run().join("model"));
-    succeed(command.arg("--out").arg(at("samples.jsonl")));
+    // Folders that are missing are made.
+    succeed(command.arg("--out").arg(at("a/b/samples.jsonl")));
+    std::fs::rename(at("a/b/samples.jsonl"), at("samples.jsonl")).unwrap();
     let drawn = rows(&at("samples.jsonl"));
     assert_eq!(drawn.len(), 24);
     assert_eq!(drawn[0]["prompt"], drawn[3]["prompt"]);
@@ -344,6 +346,25 @@ fn bad_arguments_are_one_line_that_says_what_to_give() {
         said.contains("--prompts FILE or --memo-prompts N"),
         "{said}"
     );
+    for (flag, value, expected) in [
+        ("--n", "0", "--n: expected at least 1, got 0"),
+        ("--n", "18446744073709551615", "--n: expected at most 65536"),
+        ("--workers", "0", "--workers: expected at least 1, got 0"),
+        ("--memo-prompts", "0", "--memo-prompts: expected at least 1"),
+    ] {
+        let mut command = r2q();
+        command.args(["sample", "--policy", "nowhere", flag, value]);
+        if flag != "--memo-prompts" {
+            command.args(["--memo-prompts", "1"]);
+        }
+        let said = fail(command.arg("--out").arg(folder.path().join("out.jsonl")));
+        assert!(said.contains(expected), "{flag} {value}: {said}");
+    }
+    // That nothing can be written there is said before anything is sampled.
+    let mut below = r2q();
+    below.args(["sample", "--policy", "nowhere", "--memo-prompts", "1"]);
+    let said = fail(below.arg("--out").arg(file.join("out.jsonl")));
+    assert!(said.contains("out.jsonl: Not a directory"), "{said}");
     let said = fail(command.arg("--prompts").arg(&file));
     assert!(
         said.contains("bad.jsonl row 0") && said.contains("a string"),

@@ -279,27 +279,47 @@ fn text_from_data_is_escaped_on_the_page() {
 fn bad_input_is_one_line() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
-    let cases: [(&[&str], &str); 12] = [
+    let cases: [(&[&str], &str); 21] = [
         (&[], "which prompts?"),
         (&["--prompt", "a", "--score", "log-ratio"], "--reference"),
         (&["--prompt", "a", "--reference", "/nowhere"], "/nowhere"),
-        (&["--prompt", "a", "--width", "0"], "width"),
-        (&["--prompt", "a", "--n-best", "9"], "n_best"),
+        (&["--width", "0"], "--width: expected at least 1, got 0"),
+        (
+            &["--width", "1000000000"],
+            "--width: expected at most 65536, got 1000000000",
+        ),
+        (
+            &["--n-best", "9"],
+            "--n-best: expected from 1 to the width, got 9",
+        ),
+        (
+            &["--algorithm", "sample", "--n", "100000000"],
+            "--n: expected at most 65536",
+        ),
+        (&["--algorithm", "mcts", "--gumbel", "0"], "--gumbel"),
+        (
+            &["--algorithm", "greedy", "--simulations", "8"],
+            "--simulations: --algorithm greedy has no use for it; mcts has",
+        ),
+        (
+            &["--algorithm", "mcts", "--n-best", "2"],
+            "--n-best: mcts writes one completion unless --at-end",
+        ),
+        (&["--reference-weight", "0.3"], "--reference-weight"),
+        (&["--diversity-penalty", "1"], "--diversity-penalty"),
+        (&["--min-new-tokens", "11"], "--min-new-tokens"),
+        (
+            &["--memo-prompts", "9999999999999999"],
+            "--memo-prompts: expected at most",
+        ),
         (&["--prompt", "a", "--ban", "99999999"], "99999999"),
         (&["--prompt", "a", "--beta", "0"], "--beta"),
         (&["--prompt", "a", "--budget-seconds", "-1"], "-1"),
         (&["--prompt", "a", "--stop", ""], "stop"),
-        (&["--prompt", "a", "--top-k", "0"], "top_k"),
+        (&["--top-k", "0"], "--top-k: expected at least 1, got 0"),
         (
-            &[
-                "--prompt",
-                "a",
-                "--algorithm",
-                "sample",
-                "--temperature",
-                "0",
-            ],
-            "temperature",
+            &["--algorithm", "sample", "--temperature", "0"],
+            "--temperature: expected a number above 0",
         ),
         (&["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
     ];
@@ -309,9 +329,13 @@ fn bad_input_is_one_line() {
         assert!(!out.exists(), "{flags:?}");
     }
     std::fs::create_dir(&out).unwrap();
-    write(&out, "mine", "");
+    let mine = write(&out, "mine", "");
     let said = fail(&mut search(&out, &["--prompt", "a"]));
     assert!(said.contains("is not empty"), "{said}");
+    // Said before any model is read.
+    let mut command = search(&mine.join("out"), &["--prompt", "a"]);
+    let said = fail(command.args(["--reference", "/nowhere"]));
+    assert!(said.contains("mine/out: Not a directory"), "{said}");
 }
 
 #[cfg(unix)]

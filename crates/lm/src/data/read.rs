@@ -9,6 +9,7 @@ use std::sync::Arc;
 use arrow::json::WriterBuilder;
 use arrow::json::writer::LineDelimited;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
 use serde_json::{Map, Value};
 
 use super::DataError;
@@ -362,7 +363,13 @@ impl ParquetSource {
 
 fn parse(bytes: &[u8], location: impl Fn() -> Location) -> Result<Value, DataError> {
     // Without the line's end, at which a row that stops too early would be told of the next line.
-    serde_json::from_slice(bytes.trim_ascii_end()).map_err(|error| {
+    let bytes = bytes.trim_ascii_end();
+    let value = if bytes.trim_ascii_start().starts_with(b"{") {
+        serde_json::from_slice(bytes).map(|OneOfEach(columns)| Value::Object(columns))
+    } else {
+        serde_json::from_slice(bytes)
+    };
+    value.map_err(|error| {
         // The parser counts lines from the row's own start.
         let text = error.to_string();
         let what = text.split(" at line ").next().unwrap_or(&text).to_owned();
@@ -373,6 +380,33 @@ fn parse(bytes: &[u8], location: impl Fn() -> Location) -> Result<Value, DataErr
             message: format!("{what} (column {})", error.column()),
         }
     })
+}
+
+/// Columns of a row, none of them twice: of two values of one name JSON says not which is meant.
+struct OneOfEach(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for OneOfEach {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(OneOfEach(Map::new()))
+    }
+}
+
+impl<'de> Visitor<'de> for OneOfEach {
+    type Value = Self;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut access: A) -> Result<Self, A::Error> {
+        while let Some(name) = access.next_key::<String>()? {
+            if self.0.contains_key(&name) {
+                return Err(A::Error::custom(format!("column `{name}` is there twice")));
+            }
+            self.0.insert(name, access.next_value()?);
+        }
+        Ok(self)
+    }
 }
 
 /// The format by the first bytes, and where the content starts (after a byte order mark).

@@ -9,6 +9,9 @@ use crate::error::LmError;
 use crate::model::Transformer;
 use crate::sample::{Sampling, sample};
 
+/// Stands on a device for the token of a row whose logits are no numbers.
+const NO_TOKEN: i64 = -1;
+
 impl Decoder<'_> {
     /// Continues each prompt until an end token or the limit.
     ///
@@ -17,7 +20,8 @@ impl Decoder<'_> {
     ///
     /// # Errors
     ///
-    /// See [`Decoder::prefill`]; or a temperature, top-k or top-p out of range.
+    /// See [`Decoder::prefill`]; or a temperature, top-k or top-p out of range; or
+    /// [`LmError::Logits`].
     pub fn generate<P: AsRef<[u32]>>(
         &self,
         prompts: &[P],
@@ -46,7 +50,9 @@ impl Decoder<'_> {
         // Which prompt each row of the cache belongs to.
         let mut active: Vec<usize> = (0..prompts.len()).collect();
         loop {
-            let tokens = self.choose(logits, &options.decoding, &active, &mut rngs)?;
+            // All rows that are left have as many.
+            let n_drawn = rows[active[0]].ids.len();
+            let tokens = self.choose(logits, &options.decoding, &active, &mut rngs, n_drawn)?;
             let mut alive = Vec::with_capacity(active.len());
             for (slot, (&row, &token)) in active.iter().zip(&tokens).enumerate() {
                 rows[row].ids.push(token);
@@ -75,22 +81,28 @@ impl Decoder<'_> {
         decoding: &Decoding,
         active: &[usize],
         rngs: &mut [ChaCha8Rng],
+        n_drawn: usize,
     ) -> Result<Vec<u32>, LmError> {
         let failed = |error| LmError::Request(format!("logits could not be read: {error:?}"));
-        match decoding {
+        let tokens: Option<Vec<u32>> = match decoding {
             Decoding::Greedy => {
-                let ids = logits.argmax(1).try_into_vec_as::<i64>().map_err(failed)?;
-                Ok(ids.into_iter().map(|id| id as u32).collect())
+                // One token a row comes back from the device, and none where a logit is NaN: then so
+                // is the sum.
+                let broken = logits.clone().sum_dim(1).is_nan();
+                let ids = logits.argmax(1).mask_fill(broken, NO_TOKEN);
+                let ids = ids.try_into_vec_as::<i64>().map_err(failed)?;
+                ids.into_iter().map(|id| u32::try_from(id).ok()).collect()
             }
             Decoding::Sample(sampling) => {
                 let values = logits.try_into_vec_as::<f32>().map_err(failed)?;
-                Ok(values
+                values
                     .chunks(self.model.config().vocab_size)
                     .zip(active)
                     .map(|(logits, &row)| sample(logits, sampling, &mut rngs[row]))
-                    .collect())
+                    .collect()
             }
-        }
+        };
+        tokens.ok_or(LmError::Logits { tokens: n_drawn })
     }
 }
 

@@ -97,7 +97,12 @@ pub enum RootChoice {
 }
 
 impl MctsConfig {
-    fn check(&self) -> Result<(), SearchError> {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    ///
+    /// [`SearchError::Setting`] for the first setting that is out of its range.
+    pub fn check(&self) -> Result<(), SearchError> {
         let counts = [
             ("simulations", self.simulations),
             ("batch", self.batch),

@@ -42,7 +42,10 @@ impl PromptArgs {
     fn source(&self, seed: u64) -> anyhow::Result<PromptSource> {
         match (&self.prompts, self.memo_prompts) {
             (Some(path), None) => Ok(PromptSource::File(path.clone())),
-            (None, Some(n)) => Ok(PromptSource::Memo { n, seed }),
+            (None, Some(n)) => {
+                check_count("--memo-prompts", n, MOST_AT_ONCE)?;
+                Ok(PromptSource::Memo { n, seed })
+            }
             _ => bail!("which prompts? give --prompts FILE or --memo-prompts N"),
         }
     }
@@ -82,11 +85,9 @@ impl SamplingArgs {
             top_p: self.top_p,
         };
         sampling.check()?;
-        for (flag, value) in [("--n", n), ("--max-new-tokens", self.max_new_tokens)] {
-            if value == 0 {
-                bail!("{flag}: expected at least 1, got 0");
-            }
-        }
+        check_count("--n", n, MOST_AT_ONCE)?;
+        check_count("--max-new-tokens", self.max_new_tokens, usize::MAX)?;
+        check_count("--workers", self.workers, MOST_WORKERS)?;
         Ok(SampleOptions {
             n,
             max_new_tokens: self.max_new_tokens,
@@ -182,19 +183,51 @@ fn read_rows<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Vec<T>> {
     Ok(judge::read_jsonl(std::io::BufReader::new(file), &name)?)
 }
 
-/// Writes rows as JSON lines, whole or not at all.
+/// Writes rows as JSON lines, whole or not at all, in a folder that is made if need be.
 fn write_rows<T: serde::Serialize>(path: &Path, rows: &[T]) -> anyhow::Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
     lm::files::write_atomically(path, |file| judge::write_jsonl(file, rows))
         .with_context(|| path.display().to_string())
 }
 
-/// Refuses to write over a file.
+/// Refuses to write over a file, and to work for one that could not be written.
 fn check_new(path: &Path) -> anyhow::Result<()> {
     if path.exists() {
         bail!(
             "{}: is there already; give --out another name",
             path.display()
         );
+    }
+    lm::files::check_writable(path).with_context(|| path.display().to_string())
+}
+
+/// Refuses to write into a folder that holds something, and to work for one that could not be made.
+fn check_new_folder(path: &Path) -> anyhow::Result<()> {
+    let context = || path.display().to_string();
+    if !path.exists() {
+        return lm::files::check_writable(path).with_context(context);
+    }
+    if path.read_dir().with_context(context)?.next().is_some() {
+        bail!("{}: is not empty; give --out another name", path.display());
+    }
+    lm::files::check_writable(&path.join("report.html")).with_context(context)
+}
+
+/// The most of what is held or computed side by side: more is a slip of the hand, and would fill the
+/// memory before anything could be said.
+const MOST_AT_ONCE: usize = 1 << 16;
+/// More threads than any machine has cores.
+const MOST_WORKERS: usize = 1 << 12;
+
+/// Refuses a count of none, or of more than `most`.
+fn check_count(flag: &str, count: usize, most: usize) -> anyhow::Result<()> {
+    if count == 0 {
+        bail!("{flag}: expected at least 1, got 0");
+    }
+    if count > most {
+        bail!("{flag}: expected at most {most}, got {count}");
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! The soft advantage of a token under the task's true reward, by weighted rollouts.
 
-use lm::{Decoder, KvCache, Sampling, sample};
+use lm::{Decoder, KvCache, LmError, Sampling, sample};
 use mdp_core::log_sum_exp;
 use memo_task::{Memo, MemoTask, Reader};
 use rand::SeedableRng;
@@ -78,7 +78,7 @@ pub(super) fn advantages(
     let mut rewards = Vec::with_capacity(text.ids.len());
     for &id in text.ids {
         let limits = (options.rollouts, max_new);
-        let drawn = rollouts(proposals, &state, &reader, limits, &mut rng);
+        let drawn = rollouts(proposals, &state, &reader, limits, &mut rng)?;
         let (one, other) = drawn.split_at(drawn.len() / 2);
         for (values, drawn) in values.iter_mut().zip([&drawn[..], one, other]) {
             values.push(soft(drawn));
@@ -138,7 +138,7 @@ fn rollouts(
     reader: &Reader<'_>,
     (n, max_new): (usize, usize),
     rng: &mut ChaCha8Rng,
-) -> Vec<Drawn> {
+) -> Result<Vec<Drawn>, LmError> {
     let vocab = state.logits[0].len();
     let mut rewards = vec![0.0; n];
     let mut logps = vec![[0.0; 2]; n];
@@ -156,7 +156,8 @@ fn rollouts(
             let own = logits
                 .each_ref()
                 .map(|logits| &logits[slot * vocab..(slot + 1) * vocab]);
-            let token = sample(own[row % 2], &Sampling::default(), rng);
+            let token = sample(own[row % 2], &Sampling::default(), rng)
+                .ok_or(LmError::Logits { tokens: n_new - 1 })?;
             for (sum, own) in logps[row].iter_mut().zip(own) {
                 *sum += logp(own, token);
             }
@@ -186,7 +187,7 @@ fn rollouts(
         reward,
         log_weight: logps[0] - (log_sum_exp(&logps) - half),
     });
-    drawn.collect()
+    Ok(drawn.collect())
 }
 
 #[cfg(test)]
@@ -282,7 +283,7 @@ mod tests {
         };
         let reader = task.reader(&example.memo);
         let mut rng = ChaCha8Rng::seed_from_u64(3);
-        let drawn = rollouts(both, &state, &reader, (2048, 2), &mut rng);
+        let drawn = rollouts(both, &state, &reader, (2048, 2), &mut rng).unwrap();
         // Weights average to 1 under any proposal, and none exceeds 2.
         let weights: Vec<f64> = drawn.iter().map(|drawn| drawn.log_weight.exp()).collect();
         assert!(weights.iter().all(|&weight| weight <= 2.0 + 1e-9));

@@ -1,24 +1,23 @@
 //! `r2q search`: completions found by searching with a policy and its reference.
 
+mod plan;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, bail};
 use burn::tensor::Device;
-use clap::{Args, ValueEnum};
+use clap::{ArgMatches, Args, ValueEnum};
 use lm::PrefixCache;
 use lm::chat::{ChatTemplate, Message, RenderOptions};
 use mdp_core::Beta;
 use report::{Card, FoundCompletion, SearchNode, SearchedPrompt, search_page};
-use search::{
-    Backup, BeamConfig, BestFirstConfig, Budget, Commit, Constraints, EarlyStopping, Judge, Leaf,
-    LookaheadConfig, MctsConfig, PrefixModel, ProxyTuned, Request, RootChoice, SampleConfig, Score,
-    SearchOutput, Stopped, beam_search, best_first, best_of_n, greedy, lookahead, mcts, sample,
-};
+use search::{Budget, Constraints, PrefixModel, ProxyTuned, Request, Score, SearchOutput, Stopped};
 use serde_json::{Value, json};
 use trainer::{Policy, PromptSource, Prompts, device};
 
-use super::write_rows;
+use super::{check_new_folder, write_rows};
+use plan::{Algorithm, BackupName, ScoreName, Stopping};
 
 /// Set by Ctrl-C: the search at hand returns its best so far, and no further one begins.
 static CANCELLED: AtomicBool = AtomicBool::new(false);
@@ -163,46 +162,11 @@ pub(crate) struct SearchArgs {
     device: String,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Algorithm {
-    Greedy,
-    Sample,
-    Beam,
-    BestFirst,
-    Mcts,
-    BestOfN,
-    Lookahead,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum ScoreName {
-    Likelihood,
-    LogRatio,
-    Mix,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Stopping {
-    AtOnce,
-    Estimate,
-    Never,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum BackupName {
-    Max,
-    Soft,
-    Mean,
-}
-
 impl SearchArgs {
-    pub(crate) fn run(&self) -> anyhow::Result<()> {
-        if self.out.is_dir() && self.out.read_dir()?.next().is_some() {
-            bail!(
-                "{}: is not empty; give --out another name",
-                self.out.display()
-            );
-        }
+    /// Searches; `matches` says which flags were given.
+    pub(crate) fn run(&self, matches: &ArgMatches) -> anyhow::Result<()> {
+        check_new_folder(&self.out)?;
+        let plan = self.plan(matches)?;
         let needs_reference = self.score != ScoreName::Likelihood;
         if needs_reference && self.reference.is_none() {
             bail!("--score {}: needs --reference DIR", name_of(self.score));
@@ -282,7 +246,7 @@ impl SearchArgs {
                 keep_tree: number < self.page_trees,
                 ..Request::new(&ids[..], policy.tokenizer.eos_ids(), self.max_new_tokens)
             };
-            let output = self
+            let output = plan
                 .search(&mut *model, &request)
                 .with_context(|| format!("prompt {number}, from 0"))?;
             seconds += output.stats.seconds;
@@ -374,81 +338,6 @@ impl SearchArgs {
             _ => bail!("which prompts? give --prompt TEXT, --data FILE or --memo-prompts N"),
         };
         Ok(source.read(&policy.tokenizer)?)
-    }
-
-    fn search(
-        &self,
-        model: &mut (dyn PrefixModel + '_),
-        request: &Request<'_>,
-    ) -> Result<SearchOutput, search::SearchError> {
-        let drawn = SampleConfig {
-            n: self.n,
-            temperature: self.temperature,
-            top_k: None,
-            top_p: self.top_p,
-            seed: self.seed,
-        };
-        match self.algorithm {
-            Algorithm::Greedy => greedy(model, request),
-            Algorithm::Sample => sample(model, request, &drawn),
-            Algorithm::BestOfN => best_of_n(model, request, &drawn, Judge::Score),
-            Algorithm::Beam => {
-                let config = BeamConfig {
-                    width: self.width,
-                    n_best: self.n_best,
-                    length_penalty: self.length_penalty,
-                    early_stopping: match self.early_stopping {
-                        Stopping::AtOnce => EarlyStopping::AtOnce,
-                        Stopping::Estimate => EarlyStopping::Estimate,
-                        Stopping::Never => EarlyStopping::Never,
-                    },
-                    groups: self.groups,
-                    diversity_penalty: self.diversity_penalty,
-                };
-                beam_search(model, request, &config)
-            }
-            Algorithm::BestFirst => {
-                let config = BestFirstConfig {
-                    n_best: self.n_best,
-                    batch: self.batch,
-                };
-                best_first(model, request, &config)
-            }
-            Algorithm::Lookahead => {
-                let config = LookaheadConfig {
-                    depth: self.depth,
-                    width: Some(self.width),
-                };
-                lookahead(model, request, &config, Leaf::Zero)
-            }
-            Algorithm::Mcts => {
-                let config = MctsConfig {
-                    simulations: self.simulations,
-                    batch: self.batch,
-                    backup: match self.backup {
-                        BackupName::Max => Backup::Max,
-                        BackupName::Soft => Backup::Soft,
-                        BackupName::Mean => Backup::Mean,
-                    },
-                    commit: if self.at_end {
-                        Commit::AtEnd
-                    } else {
-                        Commit::EachToken
-                    },
-                    root: match self.gumbel {
-                        None => RootChoice::Puct,
-                        Some(considered) => RootChoice::Gumbel {
-                            considered,
-                            seed: self.seed,
-                        },
-                    },
-                    exploration: self.exploration,
-                    n_best: self.n_best,
-                    trace: false,
-                };
-                mcts(model, request, &config, Leaf::Zero)
-            }
-        }
     }
 }
 
