@@ -189,8 +189,10 @@ impl<S: Simd> Columns<S> {
         for _ in 0..n.min(Self::WIDTH + 1) {
             bound = simd.reduce_max_f32s(Self::most_of(simd, left));
             let (taken, none) = (simd.splat_f32s(bound), simd.splat_f32s(f32::NEG_INFINITY));
-            left =
-                left.map(|x| simd.select_f32s(simd.greater_than_or_equal_f32s(x, taken), none, x));
+            // A loop, since the closure of a `map` is a call here, its registers through memory.
+            for x in &mut left {
+                *x = simd.select_f32s(simd.greater_than_or_equal_f32s(*x, taken), none, *x);
+            }
         }
         bound
     }

@@ -455,7 +455,7 @@ fn sample(
             .map(|(index, token)| {
                 let truth = truth.get(index + skipped);
                 Token {
-                    text: pieces.get(index + skipped).cloned().unwrap_or_default(),
+                    text: pieces[index + skipped].clone().into_owned(),
                     id: token.id,
                     implicit_reward: Some(f64::from(token.implicit_reward)),
                     true_reward: truth.map(|truth| truth.reward),

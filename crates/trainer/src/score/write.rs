@@ -1,5 +1,6 @@
 //! What is written of a scored row: lines of JSON, a row of the page, figures to add up.
 
+use std::borrow::Cow;
 use std::sync::OnceLock;
 
 use dpo_loss::Beta;
@@ -50,7 +51,7 @@ struct Line<'a> {
     side: &'a Side,
     prompt: &'a str,
     tokens: &'a [Option<TokenReadout>],
-    texts: &'a [String],
+    texts: &'a [Cow<'a, str>],
     total: &'a Total,
     /// Chosen less rejected, reward units; of a pair.
     margin: Option<f64>,
@@ -247,7 +248,7 @@ impl Written {
 fn completion(
     side: &Side,
     tokens: &[Option<TokenReadout>],
-    texts: Vec<String>,
+    texts: Vec<Cow<'_, str>>,
     total: &Total,
 ) -> ScoredCompletion {
     let readout = |token: &TokenReadout| TokenScores {
@@ -270,7 +271,7 @@ fn completion(
             .zip(tokens)
             .zip(texts)
             .map(|((&id, token), text)| ScoredToken {
-                text,
+                text: text.into_owned(),
                 id,
                 readout: token.as_ref().map(readout),
             })
