@@ -97,6 +97,30 @@ pub struct PreferenceOptions {
     pub keep_unfinished: bool,
 }
 
+impl PreferenceOptions {
+    /// Checks the settings, and the samples as far as they are read for rows, before a judge is asked.
+    ///
+    /// # Errors
+    ///
+    /// [`JudgeError::Config`] for a band below zero or a sharpness of zero or less,
+    /// [`JudgeError::Metadata`] for a `finished` that is neither true nor false.
+    pub fn check<'a>(
+        &self,
+        samples: impl IntoIterator<Item = &'a Sample>,
+    ) -> Result<(), JudgeError> {
+        check_band(self.band)?;
+        if let Labelling::BradleyTerry { sharpness, .. } = self.labelling {
+            check_sharpness(sharpness)?;
+        }
+        if !self.keep_unfinished {
+            for (place, sample) in samples.into_iter().enumerate() {
+                sample.finished(place)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Default for PreferenceOptions {
     fn default() -> Self {
         Self {
@@ -184,10 +208,7 @@ pub fn preferences(
     scored: &[ScoredSample],
     options: &PreferenceOptions,
 ) -> Result<(Vec<PreferenceRow>, PreferenceReport), JudgeError> {
-    check_band(options.band)?;
-    if let Labelling::BradleyTerry { sharpness, .. } = options.labelling {
-        check_sharpness(sharpness)?;
-    }
+    options.check(scored.iter().map(|row| &row.sample))?;
     if let Some(index) = scored.iter().position(|row| !row.reward.is_finite()) {
         let reward = scored[index].reward;
         return Err(JudgeError::NotFinite { index, reward });

@@ -107,8 +107,15 @@ pub fn read_jsonl<T: DeserializeOwned>(
             reason,
         };
         let line = line.map_err(|error| wrong(error.to_string()))?;
-        if !line.trim().is_empty() {
-            rows.push(serde_json::from_str(&line).map_err(|error| wrong(error.to_string()))?);
+        // A byte order mark before the first row, as some editors write it.
+        let row = line.trim().trim_start_matches('\u{feff}');
+        if !row.is_empty() {
+            rows.push(serde_json::from_str(row).map_err(|error| {
+                // Its own line is always the first; the place in it is worth saying.
+                let text = error.to_string();
+                let what = text.split(" at line ").next().unwrap_or(&text);
+                wrong(format!("{what} (column {})", error.column()))
+            })?);
         }
     }
     Ok(rows)

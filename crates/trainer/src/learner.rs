@@ -73,6 +73,17 @@ pub struct StepOutcome {
     pub updated: bool,
 }
 
+impl StepOutcome {
+    /// Which of loss and norm is not a number, and what it is, where no update was made.
+    pub(crate) fn not_finite(&self) -> (&'static str, f64) {
+        if self.loss.is_finite() {
+            ("gradient norm", self.grad_norm)
+        } else {
+            ("loss", self.loss)
+        }
+    }
+}
+
 impl Learner {
     /// Begins training `model`, which is on a plain device.
     pub fn new(model: Transformer, optimizer: AdamW) -> Self {

@@ -19,6 +19,7 @@ use crate::order::Source;
 use crate::progress::Progress;
 use crate::recipe::{DataRecipe, Recipe, TaskRecipe};
 use crate::reference::ReferenceLogps;
+use crate::score::same_tokens;
 use crate::unpaired::with_strangers;
 
 /// All that training needs, in tokens.
@@ -118,7 +119,16 @@ fn prepare_task(
         &task.tokenizer_config_json(),
     )?;
     let model = match &recipe.model.path {
-        Some(path) => Transformer::read(path, device)?,
+        Some(path) => {
+            let theirs = Tokenizer::from_folder(path)?;
+            same_tokens("the memo task", &tokenizer, &theirs).map_err(|reason| {
+                TrainError::Policy {
+                    path: path.clone(),
+                    reason,
+                }
+            })?;
+            Transformer::read(path, device)?
+        }
         None => {
             let shape = LlamaShape {
                 vocab_size: task.vocab_size(),
@@ -176,11 +186,19 @@ fn prepare_task(
         examples: 0..train.len(),
         weight: 1.0,
     }];
-    let prompts = task
+    let prompts: Vec<(Memo, Vec<u32>)> = task
         .examples(Split::Prompts, numbers.eval_prompts, recipe.seed)
         .into_iter()
         .map(|example| (example.memo, example.prompt_ids))
         .collect();
+    // They are sampled from when all is trained.
+    let ids: Vec<&[u32]> = prompts.iter().map(|(_, ids)| &ids[..]).collect();
+    model
+        .check_prompts(&ids, numbers.max_new_tokens)
+        .map_err(|error| TrainError::Recipe {
+            file: recipe.name.clone(),
+            reason: format!("key `task.max_new_tokens`: {error}"),
+        })?;
     Ok(Prepared {
         model,
         tokenizer,

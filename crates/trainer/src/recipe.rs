@@ -632,8 +632,8 @@ impl Recipe {
                     ("task.eval_prompts", task.eval_prompts),
                     ("task.max_new_tokens", task.max_new_tokens),
                 ] {
-                    if value == 0 {
-                        return Err(wrong(key, "at least 1", &value));
+                    if !(1..=MOST_EXAMPLES).contains(&value) {
+                        return Err(wrong(key, &format!("from 1 to {MOST_EXAMPLES}"), &value));
                     }
                 }
             }
@@ -645,9 +645,11 @@ impl Recipe {
             if self
                 .task
                 .as_ref()
-                .is_some_and(|task| task.sft_examples == 0)
+                .is_some_and(|task| !(1..=MOST_EXAMPLES).contains(&task.sft_examples))
             {
-                return Err(wrong("task.sft_examples", "at least 1", &0));
+                let got = self.task.as_ref().map_or(0, |task| task.sft_examples);
+                let expected = format!("from 1 to {MOST_EXAMPLES}");
+                return Err(wrong("task.sft_examples", &expected, &got));
             }
             check_stage("sft", sft.epochs, sft.batch_size, sft.accumulation, &wrong)?;
             sft.optimizer.check("sft.optimizer", &wrong)?;
@@ -801,6 +803,9 @@ fn check_stage(
     Ok(())
 }
 
+/// The most examples that the embedded task makes: all are held in memory, 1 KB each about.
+const MOST_EXAMPLES: usize = 10_000_000;
+
 impl OptimizerRecipe {
     fn check(&self, table: &str, wrong: &Wrong<'_>) -> Result<(), TrainError> {
         let at_least_zero = |value: f64| value.is_finite() && value >= 0.0;
@@ -809,7 +814,7 @@ impl OptimizerRecipe {
                 "learning_rate",
                 self.learning_rate,
                 at_least_zero(self.learning_rate),
-                "at least 0",
+                "a finite number of at least 0",
             ),
             (
                 "beta1",

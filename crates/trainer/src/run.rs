@@ -175,6 +175,12 @@ fn choose_folder(recipe: &Recipe, options: &RunOptions) -> Result<PathBuf, Train
     }
 }
 
+/// Whether a folder holds a run that can be gone on with: what was killed before its recipe was written
+/// is begun again.
+pub(crate) fn is_run(folder: &Path) -> bool {
+    folder.join(names::RECIPE).is_file()
+}
+
 /// Refuses a folder that the run cannot use; writes nothing.
 pub(crate) fn check_folder(folder: &Path, resolved: &str, resume: bool) -> Result<(), TrainError> {
     let refuse = |reason: &str| {
@@ -322,7 +328,14 @@ impl Run<'_> {
         let (policy, done) = self.prefer(&reference)?;
         let tokenizer = &self.prepared.tokenizer;
         if policy.lora_config().is_some() {
-            let base = self.recipe.model.path.as_deref().map(Path::to_string_lossy);
+            // What the adapters were trained on; by its whole path, since nobody knows from where the
+            // adapter will be read.
+            let base = match self.recipe.sft {
+                Some(_) => Some(self.path(names::SFT)),
+                None => self.recipe.model.path.clone(),
+            };
+            let base = base.map(|base| base.canonicalize().unwrap_or(base));
+            let base = base.as_deref().map(Path::to_string_lossy);
             write_adapter(
                 &self.path(names::ADAPTER),
                 &policy,

@@ -54,12 +54,17 @@ pub fn base_of_adapter(folder: &Path) -> Result<Option<PathBuf>, TrainError> {
     if !AdapterFolder::is_one(folder) {
         return Ok(None);
     }
-    let base = AdapterFolder::read(folder)?.base_model.map(PathBuf::from);
-    let base = base.filter(|base| base.is_dir());
-    base.map(Some).ok_or_else(|| TrainError::Policy {
-        path: folder.to_path_buf(),
-        reason: "`base_model_name_or_path` of its adapter_config.json names no folder here".into(),
-    })
+    let named = AdapterFolder::read(folder)?.base_model;
+    match named.as_ref().map(PathBuf::from) {
+        Some(base) if base.is_dir() => Ok(Some(base)),
+        _ => Err(TrainError::Policy {
+            path: folder.to_path_buf(),
+            reason: format!(
+                "`base_model_name_or_path` of its adapter_config.json: expected a folder here, got {}",
+                named.map_or("none".into(), |name| format!("{name:?}"))
+            ),
+        }),
+    }
 }
 
 /// Prompts with their texts and tokens.
@@ -202,6 +207,10 @@ pub fn sample_prompts(
     workers: &Workers,
     label: &str,
 ) -> Result<Vec<Sample>, TrainError> {
+    // Of all prompts before the first is drawn from, so that nothing drawn is lost.
+    policy
+        .model
+        .check_prompts(&prompts.ids, options.max_new_tokens)?;
     let repeated: Vec<&[u32]> = prompts
         .ids
         .iter()

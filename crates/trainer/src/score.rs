@@ -263,7 +263,8 @@ fn prepare(options: &ScoreOptions) -> Result<(Encoder, Beta, ModelConfig), Train
         )));
     }
     let tokenizer = Tokenizer::from_folder(&options.policy)?;
-    same_tokens(&tokenizer, &Tokenizer::from_folder(&options.reference)?).map_err(differ)?;
+    let theirs = Tokenizer::from_folder(&options.reference)?;
+    same_tokens("the policy", &tokenizer, &theirs).map_err(differ)?;
     let window = config.max_positions.min(reference.max_positions);
     let template = ChatTemplate::from_tokenizer(&tokenizer)?;
     let tokenize = TokenizeOptions {
@@ -285,20 +286,24 @@ fn prepare(options: &ScoreOptions) -> Result<(Encoder, Beta, ModelConfig), Train
     Ok((encoder, beta, config))
 }
 
-/// An error unless every id means the same to both tokenizers.
-fn same_tokens(policy: &Tokenizer, reference: &Tokenizer) -> Result<(), String> {
+/// An error unless every id means the same to both tokenizers, those of `owner` and another model.
+pub(crate) fn same_tokens(
+    owner: &str,
+    expected: &Tokenizer,
+    found: &Tokenizer,
+) -> Result<(), String> {
     let file = "tokenizer.json";
-    if policy.file(file) == reference.file(file) {
+    if expected.file(file) == found.file(file) {
         return Ok(());
     }
-    let n = policy.vocab_size().max(reference.vocab_size()) as u32;
+    let n = expected.vocab_size().max(found.vocab_size()) as u32;
     let shown = |token: Option<String>| token.map_or("none".to_string(), |t| format!("{t:?}"));
-    match (0..n).find(|&id| policy.token(id) != reference.token(id)) {
+    match (0..n).find(|&id| expected.token(id) != found.token(id)) {
         None => Ok(()),
         Some(id) => Err(format!(
-            "expected the policy's tokenizer; token id {id} is {} here and {} there",
-            shown(reference.token(id)),
-            shown(policy.token(id))
+            "expected {owner}'s tokenizer; token id {id} is {} here and {} there",
+            shown(found.token(id)),
+            shown(expected.token(id))
         )),
     }
 }

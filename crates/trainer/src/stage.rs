@@ -158,11 +158,7 @@ impl Stage<'_> {
             };
             let outcome = within_memory(step, || self.shortage(done.step, &batches, &calls.row))?;
             if !outcome.updated {
-                let (what, value) = if outcome.loss.is_finite() {
-                    ("gradient norm", outcome.grad_norm)
-                } else {
-                    ("loss", outcome.loss)
-                };
+                let (what, value) = outcome.not_finite();
                 return Err(TrainError::NotFinite {
                     place: format!("{} step {}", self.name, done.step + 1),
                     what,

@@ -469,6 +469,39 @@ fn a_recipe_value_out_of_its_range_is_named() {
 }
 
 #[test]
+fn what_the_embedded_task_cannot_do_with_a_model_is_refused_before_training() {
+    let other = Input::new("qwen2");
+    let path = format!("[model]\npath = {:?}\n", other.model.to_str().unwrap());
+    let end = TINY.find("[model]").unwrap();
+    let rest = TINY[end..].find("\n[").unwrap() + end + 1;
+    let elsewhere = format!("{}{path}{}", &TINY[..end], &TINY[rest..]);
+    for (text, parts) in [
+        (
+            elsewhere,
+            ["qwen2: expected the memo task's tokenizer", "token id"],
+        ),
+        (
+            TINY.replacen("max_new_tokens = 12", "max_new_tokens = 300", 1),
+            ["key `task.max_new_tokens`", "the model's 256"],
+        ),
+        (
+            TINY.replacen("train_pairs = 40", "train_pairs = 9223372036854775807", 1),
+            ["key `task.train_pairs`", "from 1 to 10000000"],
+        ),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        assert_ne!(text, TINY);
+        let recipe = write(folder.path(), "bad.toml", text);
+        let out = folder.path().join("run");
+        let error = fail(&mut train(&recipe, &out));
+        for part in parts {
+            assert!(error.contains(part), "{error}");
+        }
+        assert!(!out.exists());
+    }
+}
+
+#[test]
 fn sizes_of_a_fresh_model_that_do_not_fit_are_refused() {
     for (old, new) in [
         ("heads = 2", "heads = 3"),
@@ -511,6 +544,20 @@ fn weights_that_are_not_numbers_are_refused_by_their_tensor() {
              expected finite numbers"
         )]);
     }
+}
+
+#[test]
+fn a_prompt_that_does_not_fit_is_named_before_any_is_sampled() {
+    let input = Input::new("qwen2");
+    let mut prompts = "{\"prompt\": \"8 and 9 is\"}\n".repeat(70);
+    prompts += &format!("{{\"prompt\": \"{}\"}}\n", "8 and ".repeat(2000));
+    let prompts = write(input.folder.path(), "prompts.jsonl", prompts);
+    let mut command = r2q();
+    command.args(["sample", "--max-new-tokens", "4", "--n", "2"]);
+    command.arg("--policy").arg(&input.model);
+    command.arg("--prompts").arg(&prompts);
+    command.arg("--out").arg(&input.out);
+    input.refused_by(&mut command, &["prompt 70 has", "with 4 new ones"]);
 }
 
 /// A model of finite weights whose logits are none.

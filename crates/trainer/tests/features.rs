@@ -340,6 +340,15 @@ fn adapters_are_trained_alone_written_for_peft_and_merged_and_survive_a_resume()
     ] {
         assert!(adapter.contains(&file.to_string()), "{adapter:?}");
     }
+    // They lie on what they were trained on, which other commands find by itself.
+    let settings = std::fs::read(out.join("adapter/adapter_config.json")).unwrap();
+    let settings: serde_json::Value = serde_json::from_slice(&settings).unwrap();
+    let base = out.join("sft").canonicalize().unwrap();
+    assert_eq!(settings["base_model_name_or_path"], base.to_str().unwrap());
+    let mut sample = common::r2q();
+    sample.args(["sample", "--memo-prompts", "1", "--max-new-tokens", "2"]);
+    sample.arg("--policy").arg(out.join("adapter"));
+    succeed(sample.arg("--out").arg(out.join("samples.jsonl")));
     // The model is the fine-tuned one but for the targets.
     let before = tensors(&out.join("sft/model.safetensors"));
     let after = tensors(&out.join("model/model.safetensors"));

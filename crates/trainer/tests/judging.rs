@@ -332,6 +332,50 @@ fn a_server_labels_preferences() {
 }
 
 #[test]
+fn settings_are_checked_before_a_judge_is_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let asked = folder.path().join("asked");
+    let line = format!("touch {}", asked.display());
+    // A byte order mark is no part of the first row.
+    let good = "\u{feff}{\"prompt\": \"a\", \"completion\": \"b\"}\n";
+    let odd = r#"{"prompt": "a", "completion": "c", "finished": "yes"}"#;
+    let samples = write(folder.path(), "good.jsonl", good);
+    let odd = write(folder.path(), "odd.jsonl", format!("{good}{odd}\n"));
+    for (samples, flags, expected) in [
+        (&samples, &["--tie-band", "-1"][..], "band must be finite"),
+        (&samples, &["--bradley-terry", "-1"], "sharpness"),
+        (&odd, &[], "`finished`"),
+    ] {
+        let mut command = r2q();
+        command
+            .args(["prefer", "--judge-command", &line])
+            .args(flags);
+        command.arg("--samples").arg(samples);
+        let said = fail(command.arg("--out").arg(folder.path().join("pairs.jsonl")));
+        assert!(said.contains(expected), "{flags:?}: {said}");
+        assert!(!asked.exists(), "{flags:?}");
+    }
+    // A wrong path leaves a folder that the right one may have.
+    let out = folder.path().join("eval");
+    let eval = |b: &Path| {
+        let mut command = r2q();
+        command
+            .args(["eval", "--judge", "memo", "--policy-a"])
+            .arg(&samples);
+        command.arg("--policy-b").arg(b).arg("--out").arg(&out);
+        command
+    };
+    let said = fail(&mut eval(&folder.path().join("nowhere")));
+    assert!(
+        said.contains("--policy-b: ") && said.contains("nowhere"),
+        "{said}"
+    );
+    // No memo, but it is read and asked for.
+    let said = common::stderr(&eval(&samples).output().unwrap());
+    assert!(!said.contains("not empty"), "{said}");
+}
+
+#[test]
 fn bad_arguments_are_one_line_that_says_what_to_give() {
     let folder = tempfile::tempdir().unwrap();
     let file = write(folder.path(), "bad.jsonl", "{\"prompt\": 3}\n");

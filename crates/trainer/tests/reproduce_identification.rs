@@ -51,6 +51,74 @@ fn identification_writes_results_and_a_page_and_takes_finished_seeds_as_they_are
     let said = run();
     assert!(said.contains("seed 1: taken from"), "{said}");
     assert_eq!(read(), first);
+
+    // Results of other settings are not written over.
+    let mut command = r2q();
+    command.args(["reproduce", "identification", "--steps", "1", "--out"]);
+    let said = fail(command.arg(&out).args(["--seeds", "1"]));
+    assert!(
+        said.contains("seed-1/result.json: was made under other"),
+        "{said}"
+    );
+    assert_eq!(read(), first);
+}
+
+#[test]
+fn a_seed_counts_once_and_a_folder_of_something_else_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let run = |flags: &[&str]| {
+        let mut command = r2q();
+        command.arg("reproduce").args(flags).arg("--out").arg(&out);
+        fail(&mut command)
+    };
+    for (flags, expected) in [
+        (
+            &["identification", "--seeds", "3,4,3"][..],
+            "identification: --seeds: expected each value once, got 3 twice",
+        ),
+        (&["credit", "--seeds", "1", "--seeds", "1"], "got 1 twice"),
+        (
+            &["curves", "--betas", "1,1.0"],
+            "--betas: expected each value once",
+        ),
+        (&["beam", "--seeds", "0,0"], "got 0 twice"),
+        (
+            &[
+                "first-error",
+                "--model",
+                "m",
+                "--data",
+                "d",
+                "--epochs",
+                "0",
+            ],
+            "first-error: key `preference.epochs`",
+        ),
+        (
+            &[
+                "first-error",
+                "--model",
+                "m",
+                "--data",
+                "d",
+                "--learning-rate=-1",
+            ],
+            "learning_rate",
+        ),
+    ] {
+        let said = run(flags);
+        assert!(said.contains(expected), "{flags:?}: {said}");
+        assert!(!out.exists(), "{flags:?}");
+    }
+    std::fs::create_dir(&out).unwrap();
+    std::fs::write(out.join("report.html"), "mine").unwrap();
+    let said = run(&["identification"]);
+    assert!(
+        said.contains("holds something else than an experiment"),
+        "{said}"
+    );
+    assert_eq!(std::fs::read(out.join("report.html")).unwrap(), b"mine");
 }
 
 #[test]

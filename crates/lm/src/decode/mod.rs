@@ -135,7 +135,7 @@ impl<'a> Decoder<'a> {
         prompts: &[P],
         n_new: usize,
     ) -> Result<(KvCache, Tensor<2>), LmError> {
-        let longest = self.model.check(prompts, n_new)?;
+        let longest = self.model.check_prompts(prompts, n_new)?;
         Ok(match &self.host {
             Some(host) => {
                 let (cache, logits) = HostCache::prefill(host, prompts, n_new);
@@ -189,8 +189,13 @@ pub(crate) fn on_cpu(model: &Transformer) -> bool {
 }
 
 impl Transformer {
-    /// The longest of the prompts, if the model can read them and `n_new` further tokens.
-    pub(crate) fn check<P: AsRef<[u32]>>(
+    /// The longest of the prompts, in tokens, if the model can read them and `n_new` further tokens.
+    ///
+    /// # Errors
+    ///
+    /// No prompt, one that is empty or holds an id outside the vocabulary, or one that is too long;
+    /// by its index.
+    pub fn check_prompts<P: AsRef<[u32]>>(
         &self,
         prompts: &[P],
         n_new: usize,

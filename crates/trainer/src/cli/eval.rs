@@ -73,20 +73,32 @@ impl EvalArgs {
         // Who judges is settled before anything is sampled.
         std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
         let referee = self.judge.referee(&out.join("answers.jsonl"))?;
-        let a = self.samples(&self.policy_a, "a")?;
-        let b = self.samples(&self.policy_b, "b")?;
+        let judge: Box<dyn Judge> = match referee {
+            Referee::Reward(reward) => {
+                let band = self.judge.tie_band;
+                Box::new(RewardJudge::new(reward, Rule::Strict { band })?)
+            }
+            Referee::Server(judge) => judge,
+        };
+        for (flag, policy) in [
+            ("--policy-a", &self.policy_a),
+            ("--policy-b", &self.policy_b),
+        ] {
+            if !policy.exists() {
+                bail!("{flag}: {}: no such file or folder", policy.display());
+            }
+            if policy.is_dir() {
+                self.sampling.options(self.n)?;
+                self.prompts.source(self.sampling.seed)?;
+            }
+        }
         lm::files::write_atomically(&begun, |file| {
             std::io::Write::write_all(file, settings.as_bytes())
         })
         .with_context(|| begun.display().to_string())?;
-        let outcome = match referee {
-            Referee::Reward(reward) => {
-                let band = self.judge.tie_band;
-                let judge = RewardJudge::new(reward, Rule::Strict { band })?;
-                self.judged(&a, &b, &judge)?
-            }
-            Referee::Server(judge) => self.judged(&a, &b, &*judge)?,
-        };
+        let a = self.samples(&self.policy_a, "a")?;
+        let b = self.samples(&self.policy_b, "b")?;
+        let outcome = self.judged(&a, &b, &*judge)?;
         if outcome.errors > 0 {
             bail!(
                 "{} of {} pairs were not judged: {}; the figures are of the others, and --resume \
@@ -128,12 +140,7 @@ impl EvalArgs {
         Ok(samples)
     }
 
-    fn judged(
-        &self,
-        a: &[Sample],
-        b: &[Sample],
-        judge: &impl Judge,
-    ) -> anyhow::Result<EvalOutcome> {
+    fn judged(&self, a: &[Sample], b: &[Sample], judge: &dyn Judge) -> anyhow::Result<EvalOutcome> {
         let pairs = pair_samples(a, b)?;
         let counted = |sample: &Sample| sample.metadata.contains_key("n_tokens");
         let options = EvalOptions {

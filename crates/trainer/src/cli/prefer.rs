@@ -69,6 +69,8 @@ impl PreferArgs {
             band: self.judge.tie_band,
             keep_unfinished: self.keep_unfinished,
         };
+        // Answers may be dear.
+        options.check(&samples)?;
         let referee = self
             .judge
             .referee(&self.out.with_extension("answers.jsonl"))?;

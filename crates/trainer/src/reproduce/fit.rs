@@ -98,10 +98,11 @@ impl<'a> Descent<'a> {
                 micro(model, &batches[index])
             });
             if !outcome.updated {
+                let (what, value) = outcome.not_finite();
                 return Err(TrainError::NotFinite {
                     place: format!("{} step {}", self.name, step + 1),
-                    what: "loss",
-                    value: outcome.loss,
+                    what,
+                    value,
                     rows: batches.concat().iter().map(usize::to_string).collect(),
                 });
             }

@@ -37,8 +37,53 @@ trait OfSeed: Serialize + DeserializeOwned {
     fn settings(&self) -> &str;
 }
 
-/// The result of a seed: what its folder in `out` holds, if that was made under the same settings, or
-/// else what `make` gives for the folder, which is then written there.
+/// Refuses a value that is there twice: its results would count as two.
+fn check_distinct<T: PartialEq + std::fmt::Display>(
+    experiment: &str,
+    flag: &str,
+    values: &[T],
+) -> Result<(), TrainError> {
+    for (index, value) in values.iter().enumerate() {
+        if values[..index].contains(value) {
+            return Err(TrainError::Recipe {
+                file: format!("reproduce {experiment}"),
+                reason: format!("{flag}: expected each value once, got {value} twice"),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a folder of something else than an experiment's seeds.
+fn check_out(out: &Path) -> Result<(), TrainError> {
+    let entries = match std::fs::read_dir(out) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(TrainError::io(out)(error)),
+    };
+    let mut empty = true;
+    for entry in entries {
+        let name = entry.map_err(TrainError::io(out))?.file_name();
+        if name.to_string_lossy().starts_with("seed-") {
+            return Ok(());
+        }
+        empty = false;
+    }
+    if empty {
+        return Ok(());
+    }
+    Err(TrainError::RunFolder {
+        path: out.to_path_buf(),
+        reason: "holds something else than an experiment; give --out another folder".into(),
+    })
+}
+
+/// The result of a seed: what its folder in `out` holds, or else what `make` gives for the folder,
+/// which is then written there.
+///
+/// # Errors
+///
+/// A result that was made under other settings, which is not written over; those of `make`.
 fn of_seed<T: OfSeed>(
     out: &Path,
     seed: u64,
@@ -50,7 +95,14 @@ fn of_seed<T: OfSeed>(
     let path = folder.join("result.json");
     let done = std::fs::read(&path).ok();
     let done = done.and_then(|bytes| serde_json::from_slice::<T>(&bytes).ok());
-    if let Some(done) = done.filter(|done| done.settings() == settings) {
+    if let Some(done) = done {
+        if done.settings() != settings {
+            return Err(TrainError::RunFolder {
+                path,
+                reason: "was made under other settings; give --out another folder, or the old ones"
+                    .into(),
+            });
+        }
         eprintln!("seed {seed}: taken from {}", path.display());
         return Ok(done);
     }

@@ -83,6 +83,9 @@ impl BeamOptions {
     }
 
     fn check(&self) -> Result<Vec<Beta>, TrainError> {
+        super::check_out(&self.out)?;
+        super::check_distinct("beam", "--seeds", &self.seeds)?;
+        super::check_distinct("beam", "--betas", &self.betas)?;
         let recipe = &self.recipe;
         if recipe.task.is_none() || recipe.sft.is_none() || recipe.lora.is_some() {
             let reason = "expected a recipe with [task] and [sft] and without [lora]";

@@ -86,6 +86,8 @@ impl CreditOptions {
     }
 
     fn check(&self) -> Result<(), TrainError> {
+        super::check_out(&self.out)?;
+        super::check_distinct("credit", "--seeds", &self.seeds)?;
         let refuse = |reason: &str| {
             Err(TrainError::Recipe {
                 file: "reproduce credit".into(),

@@ -16,7 +16,7 @@ use crate::prepare::prepare;
 use crate::recipe::Recipe;
 use crate::reference::pair_batch;
 use crate::reproduce::fit::Descent;
-use crate::run::{RunOptions, train};
+use crate::run::{RunOptions, is_run, train};
 use crate::workers::Workers;
 
 /// Rows that are scored together.
@@ -51,7 +51,7 @@ pub(super) fn train_all(
     let run = RunOptions {
         out: Some(folder.to_path_buf()),
         device: options.device.clone(),
-        resume: folder.is_dir(),
+        resume: is_run(folder),
         cache: None,
         command: options.command.clone(),
     };

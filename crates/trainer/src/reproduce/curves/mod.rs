@@ -77,6 +77,9 @@ impl CurvesOptions {
     }
 
     fn check(&self) -> Result<Vec<Beta>, TrainError> {
+        super::check_out(&self.out)?;
+        super::check_distinct("curves", "--seeds", &self.seeds)?;
+        super::check_distinct("curves", "--betas", &self.betas)?;
         let refuse = |reason: String| TrainError::Recipe {
             file: "reproduce curves".into(),
             reason,

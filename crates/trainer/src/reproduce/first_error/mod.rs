@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use super::Target;
 use crate::error::TrainError;
 use crate::recipe::{DataRecipe, LoraRecipe, Recipe, Sources};
-use crate::run::{RunOptions, check_folder, train};
+use crate::run::{RunOptions, check_folder, is_run, train};
 use crate::score::{ScoreOptions, score};
 
 pub use methods::{Figures, ReadPair, Step};
@@ -82,11 +82,15 @@ impl FirstErrorOptions {
     }
 
     fn check(&self) -> Result<(), TrainError> {
+        super::check_out(&self.out)?;
+        super::check_distinct("first-error", "--seeds", &self.seeds)?;
         if self.seeds.is_empty() || self.train_pairs == 0 || self.eval_pairs == 0 {
             let reason = "expected at least one seed, one pair to train on and one to evaluate on";
             return Err(refuse(reason));
         }
-        Ok(())
+        // Of every seed alike.
+        self.recipe(self.seeds[0], &self.out)
+            .check("reproduce first-error")
     }
 
     /// What a seed's figures depend on.
@@ -254,7 +258,7 @@ fn one_seed(
     let chat = ChatTemplate::from_tokenizer(&tokenizer)?.is_some();
     let recipe = options.recipe(seed, folder);
     let run = folder.join(RUN);
-    let resume = run.exists();
+    let resume = is_run(&run);
     // A run of other settings keeps the data that it was made from.
     check_folder(&run, &recipe.to_toml()?, resume)?;
     write_pairs(&folder.join(TRAIN), &training, chat)?;

@@ -74,6 +74,8 @@ impl IdentificationOptions {
     }
 
     fn check(&self) -> Result<(), TrainError> {
+        super::check_out(&self.out)?;
+        super::check_distinct("identification", "--seeds", &self.seeds)?;
         let refuse = |reason: &str| {
             Err(TrainError::Recipe {
                 file: "reproduce identification".into(),
@@ -83,8 +85,9 @@ impl IdentificationOptions {
         if self.seeds.is_empty() || self.steps == 0 {
             return refuse("expected at least one seed and one step");
         }
-        if self.pairs.len() < 2 || self.pairs[0] < 10 || !self.pairs.is_sorted_by(|a, b| a < b) {
-            return refuse("expected at least two rising numbers of pairs, from 10");
+        if self.pairs.len() < 2 || self.pairs[0] < FEWEST || !self.pairs.is_sorted_by(|a, b| a < b)
+        {
+            return refuse("expected at least two rising numbers of pairs, from 20");
         }
         if !(2..=6).contains(&self.horizon) {
             return refuse("expected a horizon from 2 to 6 tokens");
@@ -100,6 +103,9 @@ impl IdentificationOptions {
         )
     }
 }
+
+/// The fewest pairs: of a tenth as many that are held out, one alone often has nothing to compare.
+const FEWEST: usize = 20;
 
 /// The error of one learner on one set of labels.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
