@@ -56,7 +56,7 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct TrainArgs {
-    /// A recipe file (TOML); the other flags override it.
+    /// A recipe file (TOML); the other flags override it, but for those that go with --data.
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
     /// A Hugging Face folder to begin with.

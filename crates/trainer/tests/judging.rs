@@ -370,6 +370,7 @@ fn settings_are_checked_before_a_judge_is_asked() {
         said.contains("--policy-b: ") && said.contains("nowhere"),
         "{said}"
     );
+    assert!(!out.exists());
     // No memo, but it is read and asked for.
     let said = common::stderr(&eval(&samples).output().unwrap());
     assert!(!said.contains("not empty"), "{said}");

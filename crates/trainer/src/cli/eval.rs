@@ -70,16 +70,6 @@ impl EvalArgs {
                 out.display()
             );
         }
-        // Who judges is settled before anything is sampled.
-        std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
-        let referee = self.judge.referee(&out.join("answers.jsonl"))?;
-        let judge: Box<dyn Judge> = match referee {
-            Referee::Reward(reward) => {
-                let band = self.judge.tie_band;
-                Box::new(RewardJudge::new(reward, Rule::Strict { band })?)
-            }
-            Referee::Server(judge) => judge,
-        };
         for (flag, policy) in [
             ("--policy-a", &self.policy_a),
             ("--policy-b", &self.policy_b),
@@ -92,6 +82,16 @@ impl EvalArgs {
                 self.prompts.source(self.sampling.seed)?;
             }
         }
+        // Who judges is settled before anything is sampled.
+        std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
+        let referee = self.judge.referee(&out.join("answers.jsonl"))?;
+        let judge: Box<dyn Judge> = match referee {
+            Referee::Reward(reward) => {
+                let band = self.judge.tie_band;
+                Box::new(RewardJudge::new(reward, Rule::Strict { band })?)
+            }
+            Referee::Server(judge) => judge,
+        };
         lm::files::write_atomically(&begun, |file| {
             std::io::Write::write_all(file, settings.as_bytes())
         })
