@@ -73,7 +73,11 @@ pub fn write_folder_atomically<E: From<io::Error>>(
 pub fn check_writable(path: &Path) -> io::Result<()> {
     let mut folder = parent(path);
     while !folder.exists() {
-        folder = parent(&folder);
+        let above = parent(&folder);
+        if above == folder {
+            break;
+        }
+        folder = above;
     }
     tempfile::tempfile_in(&folder).map(drop)
 }

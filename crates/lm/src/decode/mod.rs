@@ -216,7 +216,7 @@ impl Transformer {
                     config.vocab_size
                 )));
             }
-            if prompt.len() + n_new > config.max_positions {
+            if prompt.len().saturating_add(n_new) > config.max_positions {
                 return Err(LmError::Request(format!(
                     "prompt {row} has {} tokens; with {n_new} new ones it exceeds the model's {}",
                     prompt.len(),

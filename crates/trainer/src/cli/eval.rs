@@ -70,10 +70,13 @@ impl EvalArgs {
                 out.display()
             );
         }
-        for (flag, policy) in [
-            ("--policy-a", &self.policy_a),
-            ("--policy-b", &self.policy_b),
+        for (flag, policy, side) in [
+            ("--policy-a", &self.policy_a, "a"),
+            ("--policy-b", &self.policy_b, "b"),
         ] {
+            if self.resume && out.join(format!("samples.{side}.jsonl")).is_file() {
+                continue;
+            }
             if !policy.exists() {
                 bail!("{flag}: {}: no such file or folder", policy.display());
             }
