@@ -60,19 +60,19 @@ pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut impl Rng) -> Option
     let scaled = |logit: f32| f64::from(logit) / sampling.temperature;
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weight = |logit: f32| (scaled(logit) - scaled(largest)).exp();
-    // A logit that is no number makes a weight, and so the sum, NaN; and so does a largest one that
-    // is infinite.
-    let total: f64 = logits.iter().map(|&logit| weight(logit)).sum();
-    if total.is_nan() || logits.is_empty() {
+    if logits.is_empty() {
         return None;
     }
+    // A logit that is no number makes a weight NaN, and so does a largest one that is infinite.
     if sampling.top_k.is_none() && sampling.top_p >= 1.0 {
-        return Some(pick(
-            logits.iter().map(|&logit| weight(logit)).enumerate(),
-            uniform * total,
-        ));
+        let weights = || logits.iter().map(|&logit| weight(logit));
+        let total: f64 = weights().sum();
+        return (!total.is_nan()).then(|| pick(weights().enumerate(), uniform * total));
     }
     let mut ranked: Vec<(usize, f64)> = logits.iter().map(|&l| weight(l)).enumerate().collect();
+    if ranked.iter().any(|(_, weight)| weight.is_nan()) {
+        return None;
+    }
     // Equal weights keep the order of their ids.
     ranked.sort_by(|a, b| b.1.total_cmp(&a.1));
     ranked.truncate(sampling.top_k.unwrap_or(usize::MAX).max(1));

@@ -434,9 +434,9 @@ impl Tokenizer {
 
     /// The text that each id adds when the ids are decoded one after the other.
     ///
-    /// The pieces joined are the whole decoded text, if no character of it is broken. An id that completes no character yet adds
-    /// an empty piece, and the id that completes it gets the whole character. Useful where every
-    /// token is shown by itself.
+    /// The pieces joined are the whole decoded text, if no character of it is broken. An id that
+    /// completes no character yet adds an empty piece, and the id that completes it gets the whole
+    /// character. Useful where every token is shown by itself.
     ///
     /// # Errors
     ///
@@ -1034,14 +1034,12 @@ mod tests {
             let mut check = |ids: &[u32]| {
                 let pieces = tokenizer.decode_pieces(ids).unwrap();
                 let whole = tokenizer.inner.library.decode(ids, false).unwrap();
-                if sums {
-                    let streamed = tokenizer.streamed_pieces(ids).unwrap();
-                    assert_eq!(pieces, streamed, "{name} {ids:?}");
-                    assert!(
-                        !is_whole(&whole) || pieces.concat() == whole,
-                        "{name} {ids:?}"
-                    );
-                }
+                let streamed = tokenizer.streamed_pieces(ids).unwrap();
+                assert_eq!(pieces, streamed, "{name} {ids:?}");
+                assert!(
+                    !is_whole(&whole) || pieces.concat() == whole,
+                    "{name} {ids:?}"
+                );
                 usual += usize::from(tokenizer.usual_pieces(ids).unwrap().is_some());
             };
             check(&[]);
@@ -1059,7 +1057,7 @@ mod tests {
                 let ids: Vec<u32> = (0..seed % 9).map(|i| id(i) as u32).collect();
                 check(&ids);
             }
-            assert!(usual > 50, "{name}: {usual}");
+            assert!(usual > 100, "{name}: {usual}");
         }
     }
 }

@@ -360,13 +360,13 @@ impl From<EmptyWay> for EmptyCompletions {
 
 fn run_score(args: &ScoreArgs) -> anyhow::Result<()> {
     let command: Vec<String> = std::env::args().skip(1).collect();
-    let at_least = |least: usize, name: &str, value: usize| {
-        anyhow::ensure!(
-            value >= least,
-            "{name}: expected at least {least}, got {value}"
-        );
-        Ok(value)
-    };
+    for (flag, count, least) in [
+        ("--max-length", args.max_length, 2),
+        ("--max-rows", args.max_rows.unwrap_or(1), 1),
+        ("--batch-size", args.batch_size, 1),
+    ] {
+        cli::check_count(flag, count, least..=usize::MAX)?;
+    }
     let reference = match &args.reference {
         Some(reference) => reference.clone(),
         None => trainer::base_of_adapter(&args.policy)?.context(
@@ -383,7 +383,7 @@ fn run_score(args: &ScoreArgs) -> anyhow::Result<()> {
             .map(dpo_loss::Beta::new)
             .transpose()
             .context("--beta")?,
-        max_length: at_least(2, "--max-length", args.max_length)?,
+        max_length: args.max_length,
         boundary: if args.encode_apart {
             Boundary::Apart
         } else {
@@ -395,11 +395,8 @@ fn run_score(args: &ScoreArgs) -> anyhow::Result<()> {
             Treatment::Refuse
         },
         empty_completions: args.empty_completions.into(),
-        max_rows: args
-            .max_rows
-            .map(|n| at_least(1, "--max-rows", n))
-            .transpose()?,
-        batch_size: at_least(1, "--batch-size", args.batch_size)?,
+        max_rows: args.max_rows,
+        batch_size: args.batch_size,
         candidates: args.top_k,
         page_rows: args.page_rows,
         show: args.show,

@@ -19,7 +19,6 @@ use crate::order::Source;
 use crate::progress::Progress;
 use crate::recipe::{DataRecipe, Recipe, TaskRecipe};
 use crate::reference::ReferenceLogps;
-use crate::score::same_tokens;
 use crate::unpaired::with_strangers;
 
 /// All that training needs, in tokens.
@@ -72,6 +71,28 @@ pub struct PreparedTask {
     pub prompts: Vec<(Memo, Vec<u32>)>,
     /// The best accuracy that the labels of the held-out pairs allow.
     pub ceiling: f64,
+}
+
+/// An error unless every id means the same to both tokenizers, those of `owner` and another model.
+pub(crate) fn same_tokens(
+    owner: &str,
+    expected: &Tokenizer,
+    found: &Tokenizer,
+) -> Result<(), String> {
+    let file = "tokenizer.json";
+    if expected.file(file) == found.file(file) {
+        return Ok(());
+    }
+    let n = expected.vocab_size().max(found.vocab_size()) as u32;
+    let shown = |token: Option<String>| token.map_or("none".to_string(), |t| format!("{t:?}"));
+    match (0..n).find(|&id| expected.token(id) != found.token(id)) {
+        None => Ok(()),
+        Some(id) => Err(format!(
+            "expected {owner}'s tokenizer; token id {id} is {} here and {} there",
+            shown(found.token(id)),
+            shown(expected.token(id))
+        )),
+    }
 }
 
 /// Longest sequence of a model made for the embedded task, in tokens.

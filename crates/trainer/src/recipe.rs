@@ -642,14 +642,11 @@ impl Recipe {
             if self.data.as_ref().is_some_and(|data| data.sft.is_none()) {
                 return Err(wrong("data.sft", "a file, since there is [sft]", &"none"));
             }
-            if self
-                .task
-                .as_ref()
-                .is_some_and(|task| !(1..=MOST_EXAMPLES).contains(&task.sft_examples))
+            if let Some(task) = &self.task
+                && !(1..=MOST_EXAMPLES).contains(&task.sft_examples)
             {
-                let got = self.task.as_ref().map_or(0, |task| task.sft_examples);
                 let expected = format!("from 1 to {MOST_EXAMPLES}");
-                return Err(wrong("task.sft_examples", &expected, &got));
+                return Err(wrong("task.sft_examples", &expected, &task.sft_examples));
             }
             check_stage("sft", sft.epochs, sft.batch_size, sft.accumulation, &wrong)?;
             sft.optimizer.check("sft.optimizer", &wrong)?;

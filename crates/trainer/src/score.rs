@@ -21,6 +21,7 @@ use report::{DivergingScale, ScorePage, ScoredRow, ScoredToken, terminal_tokens}
 use serde_json::{Map, Value};
 
 use crate::error::TrainError;
+use crate::prepare::same_tokens;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::sampling::{Policy, base_of_adapter};
@@ -284,28 +285,6 @@ fn prepare(options: &ScoreOptions) -> Result<(Encoder, Beta, ModelConfig), Train
         options: tokenize,
     };
     Ok((encoder, beta, config))
-}
-
-/// An error unless every id means the same to both tokenizers, those of `owner` and another model.
-pub(crate) fn same_tokens(
-    owner: &str,
-    expected: &Tokenizer,
-    found: &Tokenizer,
-) -> Result<(), String> {
-    let file = "tokenizer.json";
-    if expected.file(file) == found.file(file) {
-        return Ok(());
-    }
-    let n = expected.vocab_size().max(found.vocab_size()) as u32;
-    let shown = |token: Option<String>| token.map_or("none".to_string(), |t| format!("{t:?}"));
-    match (0..n).find(|&id| expected.token(id) != found.token(id)) {
-        None => Ok(()),
-        Some(id) => Err(format!(
-            "expected {owner}'s tokenizer; token id {id} is {} here and {} there",
-            shown(found.token(id)),
-            shown(expected.token(id))
-        )),
-    }
 }
 
 /// β of the run that a policy's folder lies in; the default of training where it lies in none.

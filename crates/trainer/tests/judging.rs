@@ -355,7 +355,7 @@ fn settings_are_checked_before_a_judge_is_asked() {
         assert!(said.contains(expected), "{flags:?}: {said}");
         assert!(!asked.exists(), "{flags:?}");
     }
-    // A wrong path leaves a folder that the right one may have.
+    // A wrong path leaves no folder behind.
     let out = folder.path().join("eval");
     let eval = |b: &Path| {
         let mut command = r2q();
@@ -371,9 +371,9 @@ fn settings_are_checked_before_a_judge_is_asked() {
         "{said}"
     );
     assert!(!out.exists());
-    // No memo, but it is read and asked for.
-    let said = common::stderr(&eval(&samples).output().unwrap());
-    assert!(!said.contains("not empty"), "{said}");
+    // No memo, but it is read and judged.
+    let said = fail(&mut eval(&samples));
+    assert!(said.contains("sample 0: memo: expected a sender"), "{said}");
 }
 
 #[test]

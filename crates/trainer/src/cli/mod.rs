@@ -7,6 +7,7 @@ mod reproduce;
 mod sample;
 mod search;
 
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -43,7 +44,7 @@ impl PromptArgs {
         match (&self.prompts, self.memo_prompts) {
             (Some(path), None) => Ok(PromptSource::File(path.clone())),
             (None, Some(n)) => {
-                check_count("--memo-prompts", n, MOST_AT_ONCE)?;
+                check_count("--memo-prompts", n, 1..=MOST_AT_ONCE)?;
                 Ok(PromptSource::Memo { n, seed })
             }
             _ => bail!("which prompts? give --prompts FILE or --memo-prompts N"),
@@ -85,9 +86,9 @@ impl SamplingArgs {
             top_p: self.top_p,
         };
         sampling.check()?;
-        check_count("--n", n, MOST_AT_ONCE)?;
-        check_count("--max-new-tokens", self.max_new_tokens, usize::MAX)?;
-        check_count("--workers", self.workers, MOST_WORKERS)?;
+        check_count("--n", n, 1..=MOST_AT_ONCE)?;
+        check_count("--max-new-tokens", self.max_new_tokens, 1..=usize::MAX)?;
+        check_count("--workers", self.workers, 1..=MOST_WORKERS)?;
         Ok(SampleOptions {
             n,
             max_new_tokens: self.max_new_tokens,
@@ -221,10 +222,15 @@ const MOST_AT_ONCE: usize = 1 << 16;
 /// More threads than any machine has cores.
 const MOST_WORKERS: usize = 1 << 12;
 
-/// Refuses a count of none, or of more than `most`.
-fn check_count(flag: &str, count: usize, most: usize) -> anyhow::Result<()> {
-    if count == 0 {
-        bail!("{flag}: expected at least 1, got 0");
+/// Refuses a count outside of its range.
+pub(crate) fn check_count(
+    flag: &str,
+    count: usize,
+    allowed: RangeInclusive<usize>,
+) -> anyhow::Result<()> {
+    let (least, most) = allowed.into_inner();
+    if count < least {
+        bail!("{flag}: expected at least {least}, got {count}");
     }
     if count > most {
         bail!("{flag}: expected at most {most}, got {count}");

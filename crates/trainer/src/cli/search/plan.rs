@@ -111,7 +111,7 @@ impl SearchArgs {
             ("--simulations", self.simulations),
             ("--depth", self.depth),
         ] {
-            check_count(flag, count, usize::MAX)?;
+            check_count(flag, count, 1..=usize::MAX)?;
         }
         for (flag, count) in [
             ("--n-best", self.n_best),
@@ -122,7 +122,7 @@ impl SearchArgs {
             ("--gumbel", self.gumbel.unwrap_or(1)),
             ("--memo-prompts", self.memo_prompts.unwrap_or(1)),
         ] {
-            check_count(flag, count, MOST_AT_ONCE)?;
+            check_count(flag, count, 1..=MOST_AT_ONCE)?;
         }
         if self.min_new_tokens > self.max_new_tokens {
             bail!(

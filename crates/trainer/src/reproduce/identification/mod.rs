@@ -87,7 +87,9 @@ impl IdentificationOptions {
         }
         if self.pairs.len() < 2 || self.pairs[0] < FEWEST || !self.pairs.is_sorted_by(|a, b| a < b)
         {
-            return refuse("expected at least two rising numbers of pairs, from 20");
+            return refuse(&format!(
+                "expected at least two rising numbers of pairs, from {FEWEST}"
+            ));
         }
         if !(2..=6).contains(&self.horizon) {
             return refuse("expected a horizon from 2 to 6 tokens");
