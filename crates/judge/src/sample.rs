@@ -108,12 +108,15 @@ pub fn read_jsonl<T: DeserializeOwned>(
         };
         let line = line.map_err(|error| wrong(error.to_string()))?;
         // A byte order mark before the first row, as some editors write it.
-        let row = line.trim().trim_start_matches('\u{feff}');
+        let marked = line.strip_prefix('\u{feff}').filter(|_| index == 0);
+        let row = marked.unwrap_or(&line).trim();
         if !row.is_empty() {
             rows.push(serde_json::from_str(row).map_err(|error| {
                 // Its own line is always the first; the place in it is worth saying.
                 let text = error.to_string();
-                let what = text.split(" at line ").next().unwrap_or(&text);
+                let what = text
+                    .rsplit_once(" at line ")
+                    .map_or(&*text, |(what, _)| what);
                 wrong(format!("{what} (column {})", error.column()))
             })?);
         }

@@ -34,7 +34,7 @@ impl Sampling {
     pub fn check(&self) -> Result<(), LmError> {
         if !(self.temperature.is_finite() && self.temperature > 0.0) {
             return Err(LmError::Request(format!(
-                "temperature must be positive, got {}; use greedy decoding for 0",
+                "temperature must be positive, got {}; a top_k of 1 takes the likeliest token",
                 self.temperature
             )));
         }
@@ -57,9 +57,10 @@ impl Sampling {
 /// logits are no distribution: one is NaN or infinity, or none is finite.
 pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut impl Rng) -> Option<u32> {
     let uniform: f64 = rng.random();
-    let scaled = |logit: f32| f64::from(logit) / sampling.temperature;
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weight = |logit: f32| (scaled(logit) - scaled(largest)).exp();
+    // The difference first: a logit over a small temperature alone may exceed all numbers.
+    let above = |logit: f32| f64::from(logit) - f64::from(largest);
+    let weight = |logit: f32| (above(logit) / sampling.temperature).exp();
     if logits.is_empty() {
         return None;
     }
@@ -176,6 +177,19 @@ mod tests {
             ..Sampling::default()
         });
         assert!((got[1] - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_least_temperature_draws_the_likeliest() {
+        let sampling = Sampling {
+            temperature: f64::MIN_POSITIVE,
+            ..Sampling::default()
+        };
+        sampling.check().unwrap();
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        for logits in [[1.0, 3.0, f32::NEG_INFINITY], [-9.0, -3.0, -f32::MAX]] {
+            assert_eq!(sample(&logits, &sampling, &mut rng), Some(1));
+        }
     }
 
     #[test]

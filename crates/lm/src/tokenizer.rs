@@ -145,21 +145,27 @@ fn is_whole(piece: &str) -> bool {
 
 /// Whether a decoder's text of whole pieces is theirs put together, whatever stands beside what: each
 /// token is turned into text for itself, and of the whole at most the first character is cut, which
-/// belongs to the first token.
+/// belongs to the first token. That is, in this order at most: texts replaced, bytes made characters,
+/// all fused, a space cut.
 fn adds_up(decoder: &DecoderWrapper) -> bool {
     let DecoderWrapper::Sequence(steps) = decoder else {
         return matches!(decoder, DecoderWrapper::ByteLevel(_));
     };
-    let mut fused = false;
-    steps.get_decoders().iter().all(|step| match step {
-        DecoderWrapper::Replace(_) | DecoderWrapper::ByteFallback(_) => !fused,
-        DecoderWrapper::Fuse(_) => {
-            fused = true;
-            true
-        }
-        DecoderWrapper::Strip(strip) => fused && strip.start <= 1,
-        _ => false,
-    })
+    let places = steps.get_decoders().iter().map(|step| match step {
+        DecoderWrapper::Replace(_) => Some(0),
+        DecoderWrapper::ByteFallback(_) => Some(1),
+        DecoderWrapper::Fuse(_) => Some(2),
+        DecoderWrapper::Strip(strip) if strip.start <= 1 => Some(3),
+        _ => None,
+    });
+    let Some(places) = places.collect::<Option<Vec<usize>>>() else {
+        return false;
+    };
+    // Texts may be replaced in several steps; the others stand once, and a cut behind a fusion only.
+    places
+        .windows(2)
+        .all(|pair| pair[0] < pair[1] || pair == [0, 0])
+        && (!places.contains(&3) || places.contains(&2))
 }
 
 impl Tokenizer {

@@ -217,3 +217,62 @@ fn check_cached(decoder: &Decoder<'_>, folder: &Path) {
         let _ = decoder.step(&[1, 1, 1], &mut untouched);
     }
 }
+
+#[test]
+fn nothing_is_decoded_from_logits_that_are_no_distribution() {
+    let device = Device::default();
+    let plain = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/lm/llama_untied");
+    let model = load(&plain, "config.json", &device);
+    let folder = tempfile::tempdir().unwrap();
+    model.write(folder.path()).unwrap();
+    let hidden = model.config().hidden_size;
+    // Of a state one number reaches the logits, and exceeds all numbers there: all are infinite. Or two,
+    // and of half the tokens infinity is taken from infinity: some are NaN.
+    for two in [false, true] {
+        let mut tensors = model.to_host();
+        let mut set = |name: &str, value: &dyn Fn(usize, usize) -> f32| {
+            let values = &mut tensors.get_mut(name).unwrap().values;
+            for (place, stored) in values.iter_mut().enumerate() {
+                *stored = value(place / hidden, place % hidden);
+            }
+        };
+        set("model.norm.weight", &|_, column| match column {
+            0 => f32::MAX,
+            1 if two => f32::MAX,
+            _ => 0.0,
+        });
+        set("lm_head.weight", &|token, column| match column {
+            0 => f32::MAX,
+            1 if two && token % 2 == 0 => f32::MAX,
+            1 if two => f32::MIN,
+            _ => 0.0,
+        });
+        let path = folder.path().join("model.safetensors");
+        lm::weights::write_safetensors(&path, &tensors, &Default::default()).unwrap();
+        let broken = Transformer::read(folder.path(), &device).unwrap();
+        let drawn = Decoding::Sample(lm::Sampling::default());
+        for (decoding, tensors) in [
+            (Decoding::Greedy, false),
+            (Decoding::Greedy, true),
+            (drawn.clone(), false),
+            (drawn, true),
+        ] {
+            let options = Generate {
+                max_new_tokens: 2,
+                eos_ids: vec![],
+                decoding,
+                seed: 0,
+            };
+            let decoder = if tensors {
+                Decoder::of_tensors(&broken)
+            } else {
+                Decoder::new(&broken)
+            };
+            let refused = decoder.generate(&[[1_u32, 2]], &options);
+            assert!(
+                matches!(refused, Err(lm::LmError::Logits { tokens: 0 })),
+                "{two} {options:?}: {refused:?}"
+            );
+        }
+    }
+}

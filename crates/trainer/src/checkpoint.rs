@@ -1,7 +1,6 @@
 //! Checkpoints: whole or not there, and checked before they are believed.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -58,6 +57,7 @@ const REFERENCE: &str = "reference.safetensors";
 /// Saves a checkpoint under `folder` and deletes the oldest of the stage beyond `keep`.
 ///
 /// The folder is filled aside, flushed and renamed; its manifest holds a digest of every file.
+/// `base` is the folder of the model beneath the adapters, if the model has any.
 ///
 /// # Errors
 ///
@@ -67,9 +67,10 @@ pub fn save(
     keep: usize,
     learner: &Learner,
     position: &Position,
+    base: Option<&str>,
 ) -> Result<PathBuf, TrainError> {
     let path = folder.join(format!("{}-{:06}", position.stage, position.step));
-    write(&path, learner, position)?;
+    write(&path, learner, position, base)?;
     let mut older = list(folder, &position.stage)?;
     older.truncate(older.len().saturating_sub(keep));
     for (_, old) in older {
@@ -78,7 +79,7 @@ pub fn save(
     Ok(path)
 }
 
-/// Saves the best weights of a stage so far, in place of the ones before.
+/// Saves the best weights of a stage so far, in place of the ones before; `base` as for [`save`].
 ///
 /// # Errors
 ///
@@ -87,9 +88,10 @@ pub fn save_best(
     folder: &Path,
     learner: &Learner,
     position: &Position,
+    base: Option<&str>,
 ) -> Result<PathBuf, TrainError> {
     let path = best_path(folder, &position.stage);
-    write(&path, learner, position)?;
+    write(&path, learner, position, base)?;
     Ok(path)
 }
 
@@ -98,9 +100,14 @@ pub fn best_path(folder: &Path, stage: &str) -> PathBuf {
     folder.join(format!("{stage}-best"))
 }
 
-fn write(path: &Path, learner: &Learner, position: &Position) -> Result<(), TrainError> {
+fn write(
+    path: &Path,
+    learner: &Learner,
+    position: &Position,
+    base: Option<&str>,
+) -> Result<(), TrainError> {
     write_folder_atomically(path, |inner| -> Result<(), CheckpointIo> {
-        write_weights(&learner.snapshot(), inner, None)?;
+        write_weights(&learner.snapshot(), inner, base)?;
         write_safetensors(
             &inner.join(OPTIMIZER),
             &learner.optimizer.to_host(),
@@ -261,36 +268,6 @@ pub fn verify_files(folder: &Path) -> Result<(), TrainError> {
         }
     }
     Ok(())
-}
-
-/// Removes what a killed process was writing: entries of a folder that begin with `.tmp-`.
-///
-/// No other process may be at work in the folder.
-///
-/// # Errors
-///
-/// Any error of the file system but a missing folder.
-pub fn clean(folder: &Path) -> Result<(), TrainError> {
-    if !folder.is_dir() {
-        return Ok(());
-    }
-    for entry in std::fs::read_dir(folder).map_err(TrainError::io(folder))? {
-        let path = entry.map_err(TrainError::io(folder))?.path();
-        if path.file_name().is_some_and(is_temporary) {
-            let removed = if path.is_dir() {
-                std::fs::remove_dir_all(&path)
-            } else {
-                std::fs::remove_file(&path)
-            };
-            removed.map_err(TrainError::io(&path))?;
-        }
-    }
-    Ok(())
-}
-
-/// Whether a name is one under which files and folders are filled before they are renamed.
-pub(crate) fn is_temporary(name: &OsStr) -> bool {
-    name.to_string_lossy().starts_with(".tmp-")
 }
 
 /// Removes every checkpoint of a stage.

@@ -75,6 +75,9 @@ pub fn preference_metrics(
         .collect()
 }
 
+/// Names of the divergences from the reference, policy first, in an evaluation's metrics.
+pub const DIVERGENCE_METRICS: [&str; 2] = ["kl/policy_reference", "kl/reference_policy"];
+
 /// How far a policy has gone from its reference, at the states of some completions.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Divergences {

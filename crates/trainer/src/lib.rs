@@ -29,6 +29,7 @@ mod device;
 mod error;
 pub mod evaluate;
 mod failure;
+pub mod folder;
 mod learner;
 mod metrics;
 mod mix;

@@ -73,14 +73,15 @@ pub struct PreparedTask {
     pub ceiling: f64,
 }
 
+const TOKENIZER: &str = "tokenizer.json";
+
 /// An error unless every id means the same to both tokenizers, those of `owner` and another model.
 pub(crate) fn same_tokens(
     owner: &str,
     expected: &Tokenizer,
     found: &Tokenizer,
 ) -> Result<(), String> {
-    let file = "tokenizer.json";
-    if expected.file(file) == found.file(file) {
+    if expected.file(TOKENIZER) == found.file(TOKENIZER) {
         return Ok(());
     }
     let n = expected.vocab_size().max(found.vocab_size()) as u32;
@@ -141,13 +142,21 @@ fn prepare_task(
     )?;
     let model = match &recipe.model.path {
         Some(path) => {
-            let theirs = Tokenizer::from_folder(path)?;
-            same_tokens("the memo task", &tokenizer, &theirs).map_err(|reason| {
-                TrainError::Policy {
-                    path: path.clone(),
-                    reason,
-                }
-            })?;
+            let differs = |reason: String| TrainError::Policy {
+                path: path.clone(),
+                reason,
+            };
+            // A checkpoint holds no tokenizer: of it, the size can be told alone.
+            let found = ModelConfig::read(path)?.vocab_size;
+            if path.join(TOKENIZER).exists() {
+                let theirs = Tokenizer::from_folder(path)?;
+                same_tokens("the memo task", &tokenizer, &theirs).map_err(differs)?;
+            } else if found != task.vocab_size() {
+                return Err(differs(format!(
+                    "expected the memo task's vocabulary of {} tokens, got {found}",
+                    task.vocab_size()
+                )));
+            }
             Transformer::read(path, device)?
         }
         None => {

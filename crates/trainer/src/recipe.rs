@@ -9,6 +9,9 @@ use memo_task::MemoConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
+use crate::evaluate::DIVERGENCE_METRICS;
+use crate::learner::PREFERENCE_METRICS;
+use crate::unpaired::UNPAIRED_METRICS;
 
 /// A run: a model, data, and up to two stages of training.
 ///
@@ -79,6 +82,52 @@ pub struct ModelRecipe {
     /// Parameters that stay as they are, by patterns over their Hugging Face names, such as
     /// `model.embed_tokens.*`.
     pub frozen: Vec<String>,
+}
+
+impl ModelRecipe {
+    /// Checks the sizes of a fresh model.
+    fn check(&self, wrong: &Wrong<'_>) -> Result<(), TrainError> {
+        /// The most parameters of a fresh model: a slip of the hand would fill the memory unsaid.
+        const MOST_PARAMETERS: u128 = 4_000_000_000;
+        if self.path.is_some() {
+            return Ok(());
+        }
+        let sizes = [
+            ("model.hidden_size", self.hidden_size),
+            ("model.intermediate_size", self.intermediate_size),
+            ("model.layers", self.layers),
+            ("model.heads", self.heads),
+            ("model.kv_heads", self.kv_heads),
+        ];
+        for (key, size) in sizes {
+            if size == 0 {
+                return Err(wrong(key, "at least 1", &size));
+            }
+        }
+        // Positions turn pairs of a head's dimensions.
+        if !self.hidden_size.is_multiple_of(2 * self.heads) {
+            let expected = format!(
+                "a number of heads that divides `model.hidden_size` {} into even parts",
+                self.hidden_size
+            );
+            return Err(wrong("model.heads", &expected, &self.heads));
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            let expected = format!("a divisor of `model.heads` {}", self.heads);
+            return Err(wrong("model.kv_heads", &expected, &self.kv_heads));
+        }
+        let [hidden, inner, layers] =
+            [self.hidden_size, self.intermediate_size, self.layers].map(|size| size as u128);
+        // Two square matrices at the least, queries and outputs, and the three of the inner part.
+        let parameters = layers
+            .saturating_mul(hidden)
+            .saturating_mul(2 * hidden + 3 * inner);
+        if parameters > MOST_PARAMETERS {
+            let expected = format!("a fresh model of at most {MOST_PARAMETERS} parameters");
+            return Err(wrong("model", &expected, &parameters));
+        }
+        Ok(())
+    }
 }
 
 /// Low-rank adapters, as in PEFT: `W + (alpha / rank) A B` in place of `W`.
@@ -638,6 +687,7 @@ impl Recipe {
                 }
             }
         }
+        self.model.check(&wrong)?;
         if let Some(sft) = &self.sft {
             if self.data.as_ref().is_some_and(|data| data.sft.is_none()) {
                 return Err(wrong("data.sft", "a file, since there is [sft]", &"none"));
@@ -679,6 +729,13 @@ impl Recipe {
             if !(best.min_delta.is_finite() && best.min_delta >= 0.0) {
                 let key = "preference.best.min_delta";
                 return Err(wrong(key, "at least 0", &best.min_delta));
+            }
+            let known = self.evaluation_metrics();
+            if !known.contains(&best.metric) {
+                return Err(TrainError::BestMetric {
+                    name: best.metric.clone(),
+                    known: known.join(", "),
+                });
             }
         }
         if let Some(kl) = stage.chosen_kl
@@ -723,6 +780,18 @@ impl Recipe {
             names: self.model.frozen.clone(),
         };
         Ok(model.with_frozen(&freeze)?)
+    }
+
+    /// The numbers of an evaluation of the preference stage, by name; some depend on the objective.
+    fn evaluation_metrics(&self) -> Vec<String> {
+        let (metrics, compared): (&[&str], &[&str]) = match self.preference.unpaired {
+            Some(_) => (&UNPAIRED_METRICS, &[]),
+            None => (&PREFERENCE_METRICS, &DIVERGENCE_METRICS),
+        };
+        // Gradients are of training.
+        let read = metrics.iter().filter(|name| !name.starts_with("grad_"));
+        let names = std::iter::once(&"loss").chain(read).chain(compared);
+        names.map(|name| format!("eval_{name}")).collect()
     }
 
     /// Whether the data hold a weight for each token.

@@ -1,6 +1,6 @@
 //! A run from recipe to report.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -17,8 +17,11 @@ use serde_json::{Map, Value, json};
 use crate::cache::{ReferenceCache, model_digest};
 use crate::checkpoint::{self, digest_of};
 use crate::error::TrainError;
-use crate::evaluate::{divergences, preference_metrics, sample_completions, true_rewards, wins};
+use crate::evaluate::{
+    DIVERGENCE_METRICS, divergences, preference_metrics, sample_completions, true_rewards, wins,
+};
 use crate::failure::{Shortage, within_memory};
+use crate::folder;
 use crate::learner::{
     Activations, Compared, Learner, Reference, preference_micro_batch, sft_micro_batch,
 };
@@ -79,6 +82,7 @@ pub fn train(recipe: &Recipe, options: &RunOptions) -> Result<Finished, TrainErr
     let run = Run {
         recipe,
         digest: digest_of(format!("{resolved}{inputs}").as_bytes()),
+        base: base_of_adapters(recipe, &folder),
         _lock: lock,
         folder,
         workers: Workers::on(device, recipe.workers),
@@ -89,6 +93,17 @@ pub fn train(recipe: &Recipe, options: &RunOptions) -> Result<Finished, TrainErr
         device_name: options.device.clone(),
     };
     run.finish(options, &resolved)
+}
+
+/// The model that adapters are trained on, by its whole path: nobody knows from where they will be
+/// read.
+fn base_of_adapters(recipe: &Recipe, folder: &Path) -> Option<String> {
+    let base = match recipe.sft {
+        Some(_) => Some(folder.join(names::SFT)),
+        None => recipe.model.path.clone(),
+    };
+    let base = base.map(|base| std::path::absolute(&base).unwrap_or(base));
+    base.map(|base| base.to_string_lossy().into_owned())
 }
 
 /// Every device has a batch in every step.
@@ -114,6 +129,8 @@ struct Run<'a> {
     recipe: &'a Recipe,
     /// Digest of recipe, data and model.
     digest: String,
+    /// Folder of the model that adapters are trained on, if there is one.
+    base: Option<String>,
     /// Held as long as the run is at work in its folder.
     _lock: File,
     folder: PathBuf,
@@ -200,19 +217,10 @@ pub(crate) fn check_folder(folder: &Path, resolved: &str, resume: bool) -> Resul
             Err(error) => Err(TrainError::io(&path)(error)),
         };
     }
-    let entries = match std::fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(TrainError::io(folder)(error)),
-    };
-    for entry in entries {
-        let name = entry.map_err(TrainError::io(folder))?.file_name();
-        // A run that was killed before its recipe was written has left at most these.
-        if name != names::INPUTS && !checkpoint::is_temporary(&name) {
-            return refuse(
-                "not empty; give --resume to go on with the run, or --out another folder",
-            );
-        }
+    // A run that was killed before its recipe was written has left at most its inputs' digest.
+    let held = folder::names(folder)?;
+    if held.iter().any(|name| name != names::INPUTS) {
+        return refuse("not empty; give --resume to go on with the run, or --out another folder");
     }
     Ok(())
 }
@@ -238,14 +246,10 @@ fn begin_folder(
         .create(true)
         .open(&path)
         .map_err(TrainError::io(&path))?;
-    // The system lets go of the lock when the process ends, however it ends. Where a file system
-    // has no locks, the run goes on without.
-    if let Err(TryLockError::WouldBlock) = lock.try_lock() {
-        return refuse("another process is at work in it");
-    }
+    folder::check_alone(folder, &lock)?;
     check_folder(folder, resolved, resume)?;
-    checkpoint::clean(folder)?;
-    checkpoint::clean(&folder.join(names::CHECKPOINTS))?;
+    folder::clean(folder)?;
+    folder::clean(&folder.join(names::CHECKPOINTS))?;
     let mut old = String::new();
     lock.read_to_string(&mut old)
         .map_err(TrainError::io(&path))?;
@@ -320,6 +324,7 @@ impl Run<'_> {
             checkpoints,
             saving: &self.recipe.checkpoints,
             recipe: &self.digest,
+            base: self.base.as_deref(),
         }
     }
 
@@ -328,20 +333,8 @@ impl Run<'_> {
         let (policy, done) = self.prefer(&reference)?;
         let tokenizer = &self.prepared.tokenizer;
         if policy.lora_config().is_some() {
-            // What the adapters were trained on; by its whole path, since nobody knows from where the
-            // adapter will be read.
-            let base = match self.recipe.sft {
-                Some(_) => Some(self.path(names::SFT)),
-                None => self.recipe.model.path.clone(),
-            };
-            let base = base.map(|base| base.canonicalize().unwrap_or(base));
-            let base = base.as_deref().map(Path::to_string_lossy);
-            write_adapter(
-                &self.path(names::ADAPTER),
-                &policy,
-                tokenizer,
-                base.as_deref(),
-            )?;
+            let base = self.base.as_deref();
+            write_adapter(&self.path(names::ADAPTER), &policy, tokenizer, base)?;
         }
         write_model(&self.path(names::MODEL), &policy.merge(), tokenizer, false)?;
 
@@ -602,14 +595,10 @@ impl Run<'_> {
                 let reference = moved.unwrap_or(start);
                 let (size, workers) = (recipe.eval_batch_size, &self.workers);
                 if let Some(found) = divergences(&model, reference, some, size, workers) {
-                    values.insert(
-                        "eval_kl/policy_reference".into(),
-                        found.policy_reference.into(),
-                    );
-                    values.insert(
-                        "eval_kl/reference_policy".into(),
-                        found.reference_policy.into(),
-                    );
+                    let found_values = [found.policy_reference, found.reference_policy];
+                    for (name, value) in DIVERGENCE_METRICS.iter().zip(found_values) {
+                        values.insert(format!("eval_{name}"), value.into());
+                    }
                     if let Some(warning) = found.unexplained.warning() {
                         if !std::mem::replace(&mut warned, true) {
                             eprintln!("warning: {PREFERENCE} step {step}: {warning}");

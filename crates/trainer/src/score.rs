@@ -21,6 +21,7 @@ use report::{DivergingScale, ScorePage, ScoredRow, ScoredToken, terminal_tokens}
 use serde_json::{Map, Value};
 
 use crate::error::TrainError;
+use crate::folder;
 use crate::prepare::same_tokens;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
@@ -184,7 +185,7 @@ const FILES: [&str; 3] = ["scores.jsonl", "scores.html", "summary.json"];
 ///
 /// If the device fails.
 pub fn score(options: &ScoreOptions) -> Result<ScoreOutcome, TrainError> {
-    check_folder(&options.out)?;
+    folder::check_empty(&options.out, "give --out another folder")?;
     let is_new = !options.out.exists();
     let outcome = score_file(options);
     if outcome.is_err() && is_new {
@@ -201,8 +202,9 @@ fn score_file(options: &ScoreOptions) -> Result<ScoreOutcome, TrainError> {
     let n_rows = rows::count(&options.data, options.malformed_rows, options.max_rows)?;
     let models = read_models(options, &device)?;
     let vocabulary = Vocabulary::new(&encoder.tokenizer, config.vocab_size);
-    std::fs::create_dir_all(&options.out).map_err(TrainError::io(&options.out))?;
-    crate::checkpoint::clean(&options.out)?;
+    let _lock = folder::enter(&options.out)?;
+    // Another process may have been at work in it since.
+    folder::check_empty(&options.out, "give --out another folder")?;
 
     let mut run = Run {
         options,
@@ -303,26 +305,6 @@ fn read_models(options: &ScoreOptions, device: &Device) -> Result<Models, TrainE
         reference: Transformer::read(&options.reference, device)?,
         candidates: options.candidates,
     })
-}
-
-/// What an interrupted or other run left is not written over.
-fn check_folder(folder: &Path) -> Result<(), TrainError> {
-    let entries = match std::fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(TrainError::io(folder)(error)),
-    };
-    for entry in entries {
-        let name = entry.map_err(TrainError::io(folder))?.file_name();
-        // A killed process leaves its temporary file.
-        if !name.to_string_lossy().starts_with(".tmp-") {
-            return Err(TrainError::RunFolder {
-                path: folder.to_path_buf(),
-                reason: "not empty; give --out another folder".into(),
-            });
-        }
-    }
-    Ok(())
 }
 
 /// Time of the parts of a run.

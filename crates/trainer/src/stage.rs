@@ -55,6 +55,8 @@ pub(crate) struct Place<'a> {
     pub saving: &'a CheckpointRecipe,
     /// Digest of the recipe.
     pub recipe: &'a str,
+    /// Folder of the model beneath adapters, if there is one.
+    pub base: Option<&'a str>,
 }
 
 /// Where a stage stands, from 0 or from a checkpoint.
@@ -202,8 +204,10 @@ impl Stage<'_> {
                 log.sync()?;
                 let position = self.position(learner, &done, place);
                 // Work that a device still owes from this step comes due when weights are read.
-                let save =
-                    || checkpoint::save(place.checkpoints, place.saving.keep, learner, &position);
+                let save = || {
+                    let keep = place.saving.keep;
+                    checkpoint::save(place.checkpoints, keep, learner, &position, place.base)
+                };
                 within_memory(save, || self.shortage(done.step - 1, &batches, &calls.row))?;
             }
         }
@@ -315,7 +319,7 @@ impl Stage<'_> {
                     stale: 0,
                 });
                 let position = self.position(learner, done, place);
-                checkpoint::save_best(place.checkpoints, learner, &position)?;
+                checkpoint::save_best(place.checkpoints, learner, &position, place.base)?;
             } else if let Some(best) = &mut done.best {
                 best.stale += 1;
             }

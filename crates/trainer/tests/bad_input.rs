@@ -503,12 +503,15 @@ fn what_the_embedded_task_cannot_do_with_a_model_is_refused_before_training() {
 
 #[test]
 fn sizes_of_a_fresh_model_that_do_not_fit_are_refused() {
-    for (old, new) in [
-        ("heads = 2", "heads = 3"),
-        ("heads = 2", "heads = 0"),
-        ("layers = 2", "layers = 0"),
-        ("hidden_size = 16", "hidden_size = 0"),
-        ("kv_heads = 2", "kv_heads = 0"),
+    for (old, new, key) in [
+        ("heads = 2", "heads = 3", "model.heads"),
+        ("heads = 2", "heads = 0", "model.heads"),
+        ("layers = 2", "layers = 0", "model.layers"),
+        ("hidden_size = 16", "hidden_size = 0", "model.hidden_size"),
+        ("hidden_size = 16", "hidden_size = 2", "model.heads"),
+        ("hidden_size = 16", "hidden_size = 100000000", "model"),
+        ("kv_heads = 2", "kv_heads = 0", "model.kv_heads"),
+        ("kv_heads = 2", "kv_heads = 4", "model.kv_heads"),
     ] {
         let folder = tempfile::tempdir().unwrap();
         let text = TINY.replacen(&format!("\n{old}"), &format!("\n{new}"), 1);
@@ -516,10 +519,8 @@ fn sizes_of_a_fresh_model_that_do_not_fit_are_refused() {
         let recipe = write(folder.path(), "bad.toml", text);
         let out = folder.path().join("run");
         let error = fail(&mut train(&recipe, &out));
-        assert!(
-            error.contains("heads") || error.contains("layers") || error.contains("size"),
-            "{error}"
-        );
+        let place = format!("bad.toml: key `{key}`: expected");
+        assert!(error.contains(&place), "{error}");
         assert!(!out.exists());
     }
 }

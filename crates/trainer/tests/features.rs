@@ -258,9 +258,11 @@ fn a_metric_that_no_evaluation_has_is_refused_by_name() {
     let (_folder, recipe, out) = with("best = { metric = \"eval_los\" }");
     let said = fail(&mut train(&recipe, &out));
     assert!(
-        said.contains("eval_los`") && said.contains("eval_loss"),
+        said.contains("eval_los`") && said.contains("eval_loss, "),
         "{said}"
     );
+    // Before anything is trained.
+    assert!(!out.exists());
 }
 
 #[test]
@@ -341,10 +343,15 @@ fn adapters_are_trained_alone_written_for_peft_and_merged_and_survive_a_resume()
         assert!(adapter.contains(&file.to_string()), "{adapter:?}");
     }
     // They lie on what they were trained on, which other commands find by itself.
-    let settings = std::fs::read(out.join("adapter/adapter_config.json")).unwrap();
-    let settings: serde_json::Value = serde_json::from_slice(&settings).unwrap();
-    let base = out.join("sft").canonicalize().unwrap();
-    assert_eq!(settings["base_model_name_or_path"], base.to_str().unwrap());
+    let checkpoints = names(&out.join("checkpoints"));
+    let checkpoint = checkpoints.iter().rfind(|it| it.starts_with("preference"));
+    let checkpoint = Path::new("checkpoints").join(checkpoint.unwrap());
+    for adapter in [Path::new("adapter"), &checkpoint] {
+        let settings = std::fs::read(out.join(adapter).join("adapter_config.json")).unwrap();
+        let settings: serde_json::Value = serde_json::from_slice(&settings).unwrap();
+        let base = std::path::absolute(out.join("sft")).unwrap();
+        assert_eq!(settings["base_model_name_or_path"], base.to_str().unwrap());
+    }
     let mut sample = common::r2q();
     sample.args(["sample", "--memo-prompts", "1", "--max-new-tokens", "2"]);
     sample.arg("--policy").arg(out.join("adapter"));

@@ -317,7 +317,7 @@ fn a_server_labels_preferences() {
     let drawn = write(folder.path(), "samples.jsonl", lines.join("\n"));
     let (address, _) = server(|_| Mood::Answers);
     let config = settings(folder.path(), &address);
-    let out = folder.path().join("pairs.jsonl");
+    let out = folder.path().join("new/pairs.jsonl");
     let mut command = r2q();
     command.args(["prefer", "--judge-config"]).arg(config);
     command.arg("--samples").arg(drawn);
@@ -371,6 +371,34 @@ fn settings_are_checked_before_a_judge_is_asked() {
         "{said}"
     );
     assert!(!out.exists());
+    // Nor does a folder that holds no model, prompts that are not there, or an empty file; and one that
+    // was there is left as it was.
+    let empty = write(folder.path(), "empty.jsonl", "\n");
+    for made in [false, true] {
+        if made {
+            std::fs::create_dir(&out).unwrap();
+        }
+        for (b, prompts, expected) in [
+            (folder.path(), "4", "config.json"),
+            (&run().join("model"), "nowhere.jsonl", "nowhere.jsonl: "),
+            (&empty, "4", "expected at least one completion"),
+        ] {
+            let mut command = eval(b);
+            let flag = match prompts {
+                "4" => "--memo-prompts",
+                _ => "--prompts",
+            };
+            let said = fail(command.args([flag, prompts]));
+            assert!(said.contains(expected), "{said}");
+            assert_eq!(out.exists(), made, "{said}");
+        }
+        let mut command = eval(&samples);
+        command.args(["--tie-band", "-1"]);
+        let said = fail(&mut command);
+        assert!(said.contains("band"), "{said}");
+        let left = out.exists().then(|| out.read_dir().unwrap().count());
+        assert_eq!(left, made.then_some(0), "{said}");
+    }
     // No memo, but it is read and judged.
     let said = fail(&mut eval(&samples));
     assert!(said.contains("sample 0: memo: expected a sender"), "{said}");
@@ -396,11 +424,16 @@ fn bad_arguments_are_one_line_that_says_what_to_give() {
         ("--n", "18446744073709551615", "--n: expected at most 65536"),
         ("--workers", "0", "--workers: expected at least 1, got 0"),
         ("--memo-prompts", "0", "--memo-prompts: expected at least 1"),
+        (
+            "--n",
+            "65000",
+            "--memo-prompts times --n: expected at most 4194304, got 6500000",
+        ),
     ] {
         let mut command = r2q();
         command.args(["sample", "--policy", "nowhere", flag, value]);
         if flag != "--memo-prompts" {
-            command.args(["--memo-prompts", "1"]);
+            command.args(["--memo-prompts", "100"]);
         }
         let said = fail(command.arg("--out").arg(folder.path().join("out.jsonl")));
         assert!(said.contains(expected), "{flag} {value}: {said}");
@@ -410,6 +443,13 @@ fn bad_arguments_are_one_line_that_says_what_to_give() {
     below.args(["sample", "--policy", "nowhere", "--memo-prompts", "1"]);
     let said = fail(below.arg("--out").arg(file.join("out.jsonl")));
     assert!(said.contains("out.jsonl: Not a directory"), "{said}");
+    let mut slash = r2q();
+    slash.args(["sample", "--policy", "nowhere", "--memo-prompts", "1"]);
+    let said = fail(slash.arg("--out").arg(folder.path().join("results/")));
+    assert!(
+        said.contains("results/: expected the name of a file"),
+        "{said}"
+    );
     let said = fail(command.arg("--prompts").arg(&file));
     assert!(
         said.contains("bad.jsonl row 0") && said.contains("a string"),

@@ -61,6 +61,20 @@ fn identification_writes_results_and_a_page_and_takes_finished_seeds_as_they_are
         "{said}"
     );
     assert_eq!(read(), first);
+    // Nor are those of another experiment, and nothing is computed for the seeds before them.
+    let other = out.join("seed-7");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::write(other.join("result.json"), "{\"cells\": 3}").unwrap();
+    let mut command = r2q();
+    command.args(["reproduce", "identification", "--seeds", "6,7", "--out"]);
+    let said = fail(command.arg(&out));
+    assert!(
+        said.contains("seed-7/result.json: is no result of this experiment"),
+        "{said}"
+    );
+    assert!(!out.join("seed-6").exists());
+    let kept = std::fs::read_to_string(other.join("result.json")).unwrap();
+    assert_eq!(kept, "{\"cells\": 3}");
 }
 
 #[test]
@@ -113,6 +127,8 @@ fn a_seed_counts_once_and_a_folder_of_something_else_is_left_alone() {
     }
     std::fs::create_dir(&out).unwrap();
     std::fs::write(out.join("report.html"), "mine").unwrap();
+    // A name alone makes no seed.
+    std::fs::write(out.join("seed-notes"), "mine").unwrap();
     let said = run(&["identification"]);
     assert!(
         said.contains("holds something else than an experiment"),

@@ -331,7 +331,7 @@ fn bad_input_is_one_line() {
     std::fs::create_dir(&out).unwrap();
     let mine = write(&out, "mine", "");
     let said = fail(&mut search(&out, &["--prompt", "a"]));
-    assert!(said.contains("is not empty"), "{said}");
+    assert!(said.contains("not empty"), "{said}");
     // Said before any model is read.
     let mut command = search(&mine.join("out"), &["--prompt", "a"]);
     let said = fail(command.args(["--reference", "/nowhere"]));

@@ -372,7 +372,9 @@ fn parse(bytes: &[u8], location: impl Fn() -> Location) -> Result<Value, DataErr
     value.map_err(|error| {
         // The parser counts lines from the row's own start.
         let text = error.to_string();
-        let what = text.split(" at line ").next().unwrap_or(&text).to_owned();
+        let what = text
+            .rsplit_once(" at line ")
+            .map_or(&*text, |(what, _)| what);
         let mut location = location();
         location.line = location.line.map(|line| line + error.line().max(1) - 1);
         DataError::BadJson {

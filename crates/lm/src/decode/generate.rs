@@ -86,10 +86,12 @@ impl Decoder<'_> {
         let failed = |error| LmError::Request(format!("logits could not be read: {error:?}"));
         let tokens: Option<Vec<u32>> = match decoding {
             Decoding::Greedy => {
-                // One token a row comes back from the device, and none where a logit is NaN: then so
-                // is the sum.
-                let broken = logits.clone().sum_dim(1).is_nan();
-                let ids = logits.argmax(1).mask_fill(broken, NO_TOKEN);
+                // One token a row comes back from the device, and none where the logits are no
+                // distribution: where one is NaN, so is the sum, and else the largest is finite.
+                let holed = logits.clone().sum_dim(1).is_nan();
+                let ids = logits.clone().argmax(1);
+                let endless = logits.gather(1, ids.clone()).is_inf();
+                let ids = ids.mask_fill(holed.bool_or(endless), NO_TOKEN);
                 let ids = ids.try_into_vec_as::<i64>().map_err(failed)?;
                 ids.into_iter().map(|id| u32::try_from(id).ok()).collect()
             }

@@ -8,11 +8,15 @@ use judge::{
     EvalOptions, EvalOutcome, Judge, Judgement, LengthUnit, RewardJudge, Rule, Sample, evaluate,
     pair_samples,
 };
+use lm::ModelConfig;
+use lm::tokenizer::Tokenizer;
 use report::{Card, OutcomeRow, SampleCompletion, Token, TrainingReport};
 use serde::Serialize;
-use trainer::{Policy, Workers, device, sample_prompts};
+use trainer::{Policy, Workers, base_of_adapter, device, folder, sample_prompts};
 
-use super::{JudgeArgs, PromptArgs, Referee, SamplingArgs, read_rows, with_progress, write_rows};
+use super::{
+    JudgeArgs, PromptArgs, Referee, SamplingArgs, read_samples, with_progress, write_rows,
+};
 
 /// What `eval` takes.
 #[derive(Debug, Args)]
@@ -52,51 +56,86 @@ struct JudgedPair<'a> {
 
 impl EvalArgs {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
+        self.judge.check()?;
+        self.check_folder()?;
+        for (policy, side) in [(&self.policy_a, "a"), (&self.policy_b, "b")] {
+            if !self.is_kept(side) {
+                self.check_policy(policy, side)?;
+            }
+        }
+        let is_new = !self.out.exists();
+        let _lock = folder::enter(&self.out)?;
+        let done = self.evaluate();
+        if done.is_err() && !self.resume && !self.is_kept("a") {
+            // Nothing is lost, and the next attempt may have other settings.
+            std::fs::remove_file(self.settings_file()).ok();
+            let answers = self.answers_file();
+            if answers.metadata().is_ok_and(|answers| answers.len() == 0) {
+                std::fs::remove_file(answers).ok();
+            }
+            if is_new {
+                // Only if nothing is in it.
+                std::fs::remove_dir(&self.out).ok();
+            }
+        }
+        done
+    }
+
+    /// Refuses a folder of something else, or of an evaluation with other settings.
+    fn check_folder(&self) -> anyhow::Result<()> {
         let out = &self.out;
-        let begun = out.join("settings.txt");
-        let settings = self.settings();
         if self.resume {
+            let begun = self.settings_file();
             let old = std::fs::read_to_string(&begun)
                 .with_context(|| format!("{}: no evaluation to resume", out.display()))?;
-            if old != settings {
+            if old != self.settings() {
                 bail!(
                     "{}: was begun with other settings; resume with the same ones",
                     begun.display()
                 );
             }
-        } else if out.exists() && std::fs::read_dir(out)?.next().is_some() {
+        } else if !folder::is_empty(out)? {
             bail!(
                 "{}: not empty; give --resume to go on, or --out another folder",
                 out.display()
             );
         }
-        for (flag, policy, side) in [
-            ("--policy-a", &self.policy_a, "a"),
-            ("--policy-b", &self.policy_b, "b"),
-        ] {
-            if self.resume && out.join(format!("samples.{side}.jsonl")).is_file() {
-                continue;
-            }
-            if !policy.exists() {
-                bail!("{flag}: {}: no such file or folder", policy.display());
-            }
-            if policy.is_dir() {
-                self.sampling.options(self.n)?;
-                self.prompts.source(self.sampling.seed)?;
-            }
+        Ok(())
+    }
+
+    /// The cheap things of a side first: what is wrong with B should not cost the sampling from A.
+    fn check_policy(&self, policy: &Path, side: &str) -> anyhow::Result<()> {
+        if !policy.exists() {
+            bail!(
+                "--policy-{side}: {}: no such file or folder",
+                policy.display()
+            );
         }
+        if policy.is_file() {
+            read_samples(policy)?;
+            return Ok(());
+        }
+        let options = self.sampling.options(self.n)?;
+        let source = self.prompts.source(&options)?;
+        device(&self.sampling.device)?;
+        let base = base_of_adapter(policy)?;
+        ModelConfig::read(base.as_deref().unwrap_or(policy))?;
+        source.read(&Tokenizer::from_folder(policy)?)?;
+        Ok(())
+    }
+
+    fn evaluate(&self) -> anyhow::Result<()> {
         // Who judges is settled before anything is sampled.
-        std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
-        let referee = self.judge.referee(&out.join("answers.jsonl"))?;
-        let judge: Box<dyn Judge> = match referee {
+        let judge: Box<dyn Judge> = match self.judge.referee(&self.answers_file())? {
             Referee::Reward(reward) => {
                 let band = self.judge.tie_band;
                 Box::new(RewardJudge::new(reward, Rule::Strict { band })?)
             }
             Referee::Server(judge) => judge,
         };
+        let begun = self.settings_file();
         lm::files::write_atomically(&begun, |file| {
-            std::io::Write::write_all(file, settings.as_bytes())
+            std::io::Write::write_all(file, self.settings().as_bytes())
         })
         .with_context(|| begun.display().to_string())?;
         let a = self.samples(&self.policy_a, "a")?;
@@ -114,6 +153,23 @@ impl EvalArgs {
         Ok(())
     }
 
+    fn settings_file(&self) -> PathBuf {
+        self.out.join("settings.txt")
+    }
+
+    fn answers_file(&self) -> PathBuf {
+        self.out.join("answers.jsonl")
+    }
+
+    fn samples_file(&self, side: &str) -> PathBuf {
+        self.out.join(format!("samples.{side}.jsonl"))
+    }
+
+    /// Whether a side's completions are there from before.
+    fn is_kept(&self, side: &str) -> bool {
+        self.samples_file(side).is_file()
+    }
+
     /// What completions and questions depend on.
     fn settings(&self) -> String {
         format!(
@@ -124,15 +180,15 @@ impl EvalArgs {
 
     /// The completions of a side: read, or sampled and kept.
     fn samples(&self, policy: &Path, side: &str) -> anyhow::Result<Vec<Sample>> {
-        let kept = self.out.join(format!("samples.{side}.jsonl"));
-        if self.resume && kept.is_file() {
-            return read_rows(&kept);
+        let kept = self.samples_file(side);
+        if self.is_kept(side) {
+            return read_samples(&kept);
         }
         let samples = if policy.is_file() {
-            read_rows(policy)?
+            read_samples(policy)?
         } else {
             let options = self.sampling.options(self.n)?;
-            let source = self.prompts.source(self.sampling.seed)?;
+            let source = self.prompts.source(&options)?;
             let policy = Policy::read(policy, &device(&self.sampling.device)?)?;
             let prompts = source.read(&policy.tokenizer)?;
             let workers = Workers::on(&policy.model.device(), self.sampling.workers);

@@ -17,8 +17,7 @@ use judge::{
     CommandReward, HttpJudge, HttpJudgeConfig, JudgementCache, MemoReward, Reward, Sample,
 };
 use lm::Sampling;
-use serde::de::DeserializeOwned;
-use trainer::{PromptSource, SampleOptions};
+use trainer::{PromptSource, SampleOptions, folder};
 
 pub(crate) use devices::DevicesArgs;
 pub(crate) use eval::EvalArgs;
@@ -40,11 +39,19 @@ pub(crate) struct PromptArgs {
 }
 
 impl PromptArgs {
-    fn source(&self, seed: u64) -> anyhow::Result<PromptSource> {
+    /// The prompts to sample from.
+    fn source(&self, options: &SampleOptions) -> anyhow::Result<PromptSource> {
         match (&self.prompts, self.memo_prompts) {
             (Some(path), None) => Ok(PromptSource::File(path.clone())),
             (None, Some(n)) => {
                 check_count("--memo-prompts", n, 1..=MOST_AT_ONCE)?;
+                let completions = n.saturating_mul(options.n);
+                check_count(
+                    "--memo-prompts times --n",
+                    completions,
+                    1..=MOST_COMPLETIONS,
+                )?;
+                let seed = options.seed;
                 Ok(PromptSource::Memo { n, seed })
             }
             _ => bail!("which prompts? give --prompts FILE or --memo-prompts N"),
@@ -127,6 +134,9 @@ pub(crate) struct JudgeArgs {
     tie_band: f64,
 }
 
+const NOBODY_JUDGES: &str = "who judges? give --judge memo, --judge-command LINE, --judge-url URL \
+     with --judge-model NAME, or --judge-config FILE";
+
 /// A reward, or a judge that has none.
 enum Referee {
     Reward(Box<dyn Reward>),
@@ -140,6 +150,7 @@ impl JudgeArgs {
             if self.judge_key_env.is_some() {
                 config.api_key_env.clone_from(&self.judge_key_env);
             }
+            make_folder_of(cache)?;
             let judge = HttpJudge::new(config, JudgementCache::open(cache)?)?;
             if !judge.cache().is_empty() {
                 eprintln!("{}: {} answers kept", cache.display(), judge.cache().len());
@@ -170,55 +181,74 @@ impl JudgeArgs {
             }
             return server(config);
         }
-        bail!(
-            "who judges? give --judge memo, --judge-command LINE, --judge-url URL with \
-             --judge-model NAME, or --judge-config FILE"
-        )
+        bail!(NOBODY_JUDGES)
+    }
+
+    /// Refuses arguments that name no judge.
+    fn check(&self) -> anyhow::Result<()> {
+        let named = self.judge.is_some() || self.judge_command.is_some();
+        if !named && self.judge_url.is_none() && self.judge_config.is_none() {
+            bail!(NOBODY_JUDGES);
+        }
+        Ok(())
     }
 }
 
-/// Rows of a JSON lines file.
-fn read_rows<T: DeserializeOwned>(path: &Path) -> anyhow::Result<Vec<T>> {
-    let file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
+/// Completions, one or more, of a JSON lines file.
+fn read_samples(path: &Path) -> anyhow::Result<Vec<Sample>> {
     let name = path.display().to_string();
-    Ok(judge::read_jsonl(std::io::BufReader::new(file), &name)?)
+    let file = std::fs::File::open(path).with_context(|| name.clone())?;
+    let samples: Vec<Sample> = judge::read_jsonl(std::io::BufReader::new(file), &name)?;
+    if samples.is_empty() {
+        bail!("{name}: expected at least one completion, got none");
+    }
+    Ok(samples)
 }
 
 /// Writes rows as JSON lines, whole or not at all, in a folder that is made if need be.
 fn write_rows<T: serde::Serialize>(path: &Path, rows: &[T]) -> anyhow::Result<()> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-    }
+    make_folder_of(path)?;
     lm::files::write_atomically(path, |file| judge::write_jsonl(file, rows))
         .with_context(|| path.display().to_string())
 }
 
+/// Makes the folder that a file is to be in, if need be.
+fn make_folder_of(path: &Path) -> anyhow::Result<()> {
+    match path.parent() {
+        Some(folder) => {
+            std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())
+        }
+        None => Ok(()),
+    }
+}
+
 /// Refuses to write over a file, and to work for one that could not be written.
 fn check_new(path: &Path) -> anyhow::Result<()> {
-    if path.exists() {
-        bail!(
-            "{}: is there already; give --out another name",
-            path.display()
-        );
+    let name = path.display();
+    // A link to nothing is there, too: what is behind it would be made, or could not be.
+    if path.symlink_metadata().is_ok() {
+        bail!("{name}: is there already; give --out another name");
     }
-    lm::files::check_writable(path).with_context(|| path.display().to_string())
+    if path.file_name().is_none() || path.to_string_lossy().ends_with(std::path::is_separator) {
+        bail!("{name}: expected the name of a file, got that of a folder");
+    }
+    lm::files::check_writable(path).with_context(|| name.to_string())
 }
 
 /// Refuses to write into a folder that holds something, and to work for one that could not be made.
 fn check_new_folder(path: &Path) -> anyhow::Result<()> {
-    let context = || path.display().to_string();
-    if !path.exists() {
-        return lm::files::check_writable(path).with_context(context);
+    if !folder::is_empty(path)? {
+        bail!("{}: not empty; give --out another folder", path.display());
     }
-    if path.read_dir().with_context(context)?.next().is_some() {
-        bail!("{}: is not empty; give --out another name", path.display());
-    }
-    lm::files::check_writable(&path.join("report.html")).with_context(context)
+    // In the folder, or in the nearest above it that is there.
+    lm::files::check_writable(&path.join("report.html")).with_context(|| path.display().to_string())
 }
 
 /// The most of what is held or computed side by side: more is a slip of the hand, and would fill the
 /// memory before anything could be said.
 const MOST_AT_ONCE: usize = 1 << 16;
+/// The most completions of one command: all are held until they are written.
+const MOST_COMPLETIONS: usize = 1 << 22;
 /// More threads than any machine has cores.
 const MOST_WORKERS: usize = 1 << 12;
 

@@ -4,11 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use clap::{Args, ValueEnum};
-use judge::{
-    Labelling, Pairing, PreferenceOptions, Sample, judged_preferences, preferences, score,
-};
+use judge::{Labelling, Pairing, PreferenceOptions, judged_preferences, preferences, score};
 
-use super::{JudgeArgs, Referee, check_new, read_rows, with_progress, write_rows};
+use super::{JudgeArgs, Referee, check_new, read_samples, with_progress, write_rows};
 
 /// What `prefer` takes.
 #[derive(Debug, Args)]
@@ -55,8 +53,9 @@ impl From<Pairs> for Pairing {
 
 impl PreferArgs {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
+        self.judge.check()?;
         check_new(&self.out)?;
-        let samples: Vec<Sample> = read_rows(&self.samples)?;
+        let samples = read_samples(&self.samples)?;
         let options = PreferenceOptions {
             pairing: self.pairs.into(),
             labelling: match self.bradley_terry {

@@ -29,7 +29,7 @@ impl SampleArgs {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         check_new(&self.out)?;
         let options = self.sampling.options(self.n)?;
-        let source = self.prompts.source(self.sampling.seed)?;
+        let source = self.prompts.source(&options)?;
         let policy = Policy::read(&self.policy, &device(&self.sampling.device)?)?;
         let prompts = source.read(&policy.tokenizer)?;
         let workers = Workers::on(&policy.model.device(), self.sampling.workers);

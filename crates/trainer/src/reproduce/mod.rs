@@ -12,6 +12,7 @@ pub mod identification;
 mod page;
 pub mod statistics;
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use lm::files::write_atomically;
@@ -19,6 +20,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::TrainError;
+use crate::folder;
 
 /// A claim with a number, and whether the data bear it out.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -56,20 +58,12 @@ fn check_distinct<T: PartialEq + std::fmt::Display>(
 
 /// Refuses a folder of something else than an experiment's seeds.
 fn check_out(out: &Path) -> Result<(), TrainError> {
-    let entries = match std::fs::read_dir(out) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(TrainError::io(out)(error)),
+    let is_seed = |name: &String| {
+        let number = name.strip_prefix("seed-");
+        number.is_some_and(|number| number.parse::<u64>().is_ok())
     };
-    let mut empty = true;
-    for entry in entries {
-        let name = entry.map_err(TrainError::io(out))?.file_name();
-        if name.to_string_lossy().starts_with("seed-") {
-            return Ok(());
-        }
-        empty = false;
-    }
-    if empty {
+    let names = folder::names(out)?;
+    if names.is_empty() || names.iter().any(is_seed) {
         return Ok(());
     }
     Err(TrainError::RunFolder {
@@ -78,37 +72,71 @@ fn check_out(out: &Path) -> Result<(), TrainError> {
     })
 }
 
-/// The result of a seed: what its folder in `out` holds, or else what `make` gives for the folder,
-/// which is then written there.
+/// The result of each seed: what its folder in `out` holds, or else what `make` gives for the seed,
+/// its settings and its folder, which is then written there. A line about each, by `say`.
 ///
 /// # Errors
 ///
-/// A result that was made under other settings, which is not written over; those of `make`.
-fn of_seed<T: OfSeed>(
+/// A result of any seed that was made under other settings or by another experiment: nothing is made
+/// then, and it is not written over. Those of `settings` and `make`.
+fn of_seeds<T: OfSeed>(
     out: &Path,
-    seed: u64,
-    settings: &str,
-    make: impl FnOnce(&Path) -> Result<T, TrainError>,
-) -> Result<T, TrainError> {
-    let folder = out.join(format!("seed-{seed}"));
-    std::fs::create_dir_all(&folder).map_err(TrainError::io(&folder))?;
-    let path = folder.join("result.json");
-    let done = std::fs::read(&path).ok();
-    let done = done.and_then(|bytes| serde_json::from_slice::<T>(&bytes).ok());
-    if let Some(done) = done {
-        if done.settings() != settings {
-            return Err(TrainError::RunFolder {
-                path,
-                reason: "was made under other settings; give --out another folder, or the old ones"
-                    .into(),
-            });
-        }
-        eprintln!("seed {seed}: taken from {}", path.display());
-        return Ok(done);
+    seeds: &[u64],
+    settings: impl Fn(u64) -> Result<String, TrainError>,
+    make: impl Fn(u64, String, &Path) -> Result<T, TrainError>,
+    say: impl Fn(&T) -> String,
+) -> Result<Vec<T>, TrainError> {
+    let _lock = folder::enter(out)?;
+    let folder = |seed: u64| out.join(format!("seed-{seed}"));
+    let done = |&seed: &u64| {
+        let settings = settings(seed)?;
+        let found = done(&folder(seed).join(RESULT), &settings)?;
+        Ok((seed, settings, found))
+    };
+    // Those of all seeds first: hours of work should not end at a folder that they do not fit.
+    let seeds: Vec<(u64, String, Option<T>)> =
+        seeds.iter().map(done).collect::<Result<_, TrainError>>()?;
+    let result = |(seed, settings, done)| {
+        let folder = folder(seed);
+        let path = folder.join(RESULT);
+        let result = match done {
+            Some(done) => {
+                eprintln!("seed {seed}: taken from {}", path.display());
+                done
+            }
+            None => {
+                std::fs::create_dir_all(&folder).map_err(TrainError::io(&folder))?;
+                let made = make(seed, settings, &folder)?;
+                write_json(&path, &made)?;
+                made
+            }
+        };
+        eprintln!("seed {seed}: {}", say(&result));
+        Ok(result)
+    };
+    seeds.into_iter().map(result).collect()
+}
+
+/// Name of a seed's result in its folder.
+const RESULT: &str = "result.json";
+
+/// The result in a file, if there is one.
+fn done<T: OfSeed>(path: &Path, settings: &str) -> Result<Option<T>, TrainError> {
+    let refuse = |what: String| TrainError::RunFolder {
+        path: path.to_path_buf(),
+        reason: format!("{what}; give --out another folder"),
+    };
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(TrainError::io(path)(error)),
+    };
+    let done: T = serde_json::from_slice(&bytes)
+        .map_err(|error| refuse(format!("is no result of this experiment ({error})")))?;
+    if done.settings() != settings {
+        return Err(refuse("was made under other settings".into()));
     }
-    let made = make(&folder)?;
-    write_json(&path, &made)?;
-    Ok(made)
+    Ok(Some(done))
 }
 
 /// Writes results, whole or not at all.

@@ -61,6 +61,9 @@ pub struct BeamOptions {
     pub command: String,
 }
 
+/// The widest beam: a wider one would fill the memory before anything could be said.
+const WIDEST: usize = 1 << 12;
+
 impl BeamOptions {
     /// Three seeds at the size that the book reports.
     ///
@@ -96,6 +99,10 @@ impl BeamOptions {
         }
         if !self.widths.is_sorted_by(|a, b| a < b) || self.widths[0] < 2 {
             let reason = format!("expected rising widths from 2, found {:?}", self.widths);
+            return Err(refuse(reason));
+        }
+        if self.widest() > WIDEST {
+            let reason = format!("expected widths up to {WIDEST}, got {}", self.widest());
             return Err(refuse(reason));
         }
         if self.prompts == 0 || self.map_states == 0 || self.simulations == 0 {
@@ -259,15 +266,13 @@ pub struct BeamResults {
 /// Options or a recipe that do not fit, or anything that goes wrong in training or on the disk.
 pub fn run(options: &BeamOptions) -> Result<BeamResults, TrainError> {
     let betas = options.check()?;
-    let mut seeds = Vec::new();
-    for &seed in &options.seeds {
-        let settings = options.settings(seed)?;
-        let result = super::of_seed(&options.out, seed, &settings, |_| {
-            one_seed(options, &betas, seed, settings.clone())
-        })?;
-        eprintln!("seed {seed}: {:.0} s", result.seconds);
-        seeds.push(result);
-    }
+    let seeds = super::of_seeds(
+        &options.out,
+        &options.seeds,
+        |seed| options.settings(seed),
+        |seed, settings, _| one_seed(options, &betas, seed, settings),
+        |result| format!("{:.0} s", result.seconds),
+    )?;
     let results = BeamResults {
         command: options.command.clone(),
         device: options.device.clone(),

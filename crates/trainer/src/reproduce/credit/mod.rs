@@ -206,21 +206,21 @@ pub struct CreditResults {
 /// Options or a recipe that do not fit, or anything that goes wrong in training or on the disk.
 pub fn run(options: &CreditOptions) -> Result<CreditResults, TrainError> {
     options.check()?;
-    let mut seeds = Vec::new();
-    for &seed in &options.seeds {
-        let settings = options.settings(seed)?;
-        let result = super::of_seed(&options.out, seed, &settings, |folder| {
-            one_seed(options, seed, settings.clone(), folder)
-        })?;
-        eprintln!(
-            "seed {seed}: AUROC {:.4}, correlation {:.3}, second error {:.4}, {:.0} s",
-            result.methods[METHODS[0]].auroc,
-            result.correlation,
-            result.methods[METHODS[0]].auroc_second,
-            result.seconds
-        );
-        seeds.push(result);
-    }
+    let seeds = super::of_seeds(
+        &options.out,
+        &options.seeds,
+        |seed| options.settings(seed),
+        |seed, settings, folder| one_seed(options, seed, settings, folder),
+        |result| {
+            format!(
+                "AUROC {:.4}, correlation {:.3}, second error {:.4}, {:.0} s",
+                result.methods[METHODS[0]].auroc,
+                result.correlation,
+                result.methods[METHODS[0]].auroc_second,
+                result.seconds
+            )
+        },
+    )?;
     let results = summarise(options, seeds);
     super::write_json(&options.out.join("results.json"), &results)?;
     report::write_atomically(&options.out.join("report.html"), &page::page(&results))?;

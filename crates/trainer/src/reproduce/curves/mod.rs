@@ -208,19 +208,13 @@ const BEST_FIT: &str = "best fit";
 /// Options or a recipe that do not fit, or anything that goes wrong in training or on the disk.
 pub fn run(options: &CurvesOptions) -> Result<CurvesResults, TrainError> {
     let betas = options.check()?;
-    let mut seeds = Vec::new();
-    for &seed in &options.seeds {
-        let settings = options.settings(seed)?;
-        let result = super::of_seed(&options.out, seed, &settings, |_| {
-            one_seed(options, &betas, seed, settings.clone())
-        })?;
-        eprintln!(
-            "seed {seed}: {} cells, {:.0} s",
-            result.cells.len(),
-            result.seconds
-        );
-        seeds.push(result);
-    }
+    let seeds = super::of_seeds(
+        &options.out,
+        &options.seeds,
+        |seed| options.settings(seed),
+        |seed, settings, _| one_seed(options, &betas, seed, settings),
+        |result| format!("{} cells, {:.0} s", result.cells.len(), result.seconds),
+    )?;
     let results = CurvesResults {
         command: options.command.clone(),
         device: options.device.clone(),

@@ -212,31 +212,27 @@ pub fn run(options: &FirstErrorOptions) -> Result<FirstErrorResults, TrainError>
     options.check()?;
     let all = solutions::read(&options.data)?;
     let known = all.iter().filter(|pair| pair.first_error.is_some()).count();
-    let mut seeds = Vec::new();
-    for &seed in &options.seeds {
-        let settings = options.settings(seed);
-        let result = super::of_seed(&options.out, seed, &settings, |folder| {
-            one_seed(options, &all, seed, &settings, folder)
-        })?;
-        eprintln!("seed {seed}: {:.0} s", result.seconds);
-        seeds.push(result);
-    }
-    let results = summary(options, [all.len(), known], seeds).ok_or_else(|| {
-        refuse(
-            "expected a held-out pair that its tokens spell out, got none: all are longer than \
-                 the model's context, or in characters that its tokenizer does not know",
-        )
-    })?;
+    let seeds = super::of_seeds(
+        &options.out,
+        &options.seeds,
+        |seed| Ok(options.settings(seed)),
+        |seed, settings, folder| one_seed(options, &all, seed, settings, folder),
+        |result| format!("{:.0} s", result.seconds),
+    )?;
+    let results = summary(options, [all.len(), known], seeds).ok_or_else(|| refuse(UNREADABLE))?;
     super::write_json(&options.out.join("results.json"), &results)?;
     report::write_atomically(&options.out.join("report.html"), &page::page(&results))?;
     Ok(results)
 }
 
+const UNREADABLE: &str = "expected a held-out pair that its tokens spell out, got none: all are longer \
+     than the model's context, or in characters that its tokenizer does not know";
+
 fn one_seed(
     options: &FirstErrorOptions,
     all: &[Solutions],
     seed: u64,
-    settings: &str,
+    settings: String,
     folder: &Path,
 ) -> Result<SeedResult, TrainError> {
     let began = Instant::now();
@@ -255,6 +251,19 @@ fn one_seed(
         });
     }
     let tokenizer = Tokenizer::from_folder(&options.model)?;
+    // What cannot be read is known before the training.
+    let comes_back = |text: &str| {
+        let ids = tokenizer.encode_plain(text).ok();
+        let ids = ids.filter(|ids| ids.len() < MAX_LENGTH);
+        let back = ids.and_then(|ids| tokenizer.decode(&ids, true).ok());
+        back.is_some_and(|back| back.trim() == text.trim())
+    };
+    if !held_out
+        .iter()
+        .any(|pair| comes_back(&pair.right) && comes_back(&pair.wrong))
+    {
+        return Err(refuse(UNREADABLE));
+    }
     let chat = ChatTemplate::from_tokenizer(&tokenizer)?.is_some();
     let recipe = options.recipe(seed, folder);
     let run = folder.join(RUN);
@@ -292,7 +301,7 @@ fn one_seed(
     let pairs = read_pairs(&scores.join("scores.jsonl"), &held_out)?;
     Ok(SeedResult {
         seed,
-        settings: settings.to_string(),
+        settings,
         train_pairs: training.len(),
         unread: held_out.len() - pairs.len(),
         pairs,

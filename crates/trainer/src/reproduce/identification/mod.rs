@@ -91,6 +91,10 @@ impl IdentificationOptions {
                 "expected at least two rising numbers of pairs, from {FEWEST}"
             ));
         }
+        let most = self.pairs[self.pairs.len() - 1];
+        if most > MOST {
+            return refuse(&format!("expected at most {MOST} pairs, got {most}"));
+        }
         if !(2..=6).contains(&self.horizon) {
             return refuse("expected a horizon from 2 to 6 tokens");
         }
@@ -108,6 +112,8 @@ impl IdentificationOptions {
 
 /// The fewest pairs: of a tenth as many that are held out, one alone often has nothing to compare.
 const FEWEST: usize = 20;
+/// The most pairs; all are held at once.
+const MOST: usize = 10_000_000;
 
 /// The error of one learner on one set of labels.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -201,13 +207,13 @@ fn key(reward: &str, learner: &str, pairs: usize, figure: &str) -> String {
 /// Options that do not fit, or anything that goes wrong in training or on the disk.
 pub fn run(options: &IdentificationOptions) -> Result<IdentificationResults, TrainError> {
     options.check()?;
-    let mut seeds = Vec::new();
-    for &seed in &options.seeds {
-        let settings = options.settings(seed);
-        let result = super::of_seed(&options.out, seed, &settings, |_| one_seed(options, seed))?;
-        eprintln!("seed {seed}: {:.0} s", result.seconds);
-        seeds.push(result);
-    }
+    let seeds = super::of_seeds(
+        &options.out,
+        &options.seeds,
+        |seed| Ok(options.settings(seed)),
+        |seed, settings, _| one_seed(options, seed, settings),
+        |result| format!("{:.0} s", result.seconds),
+    )?;
     let results = summarise(options, seeds);
     super::write_json(&options.out.join("results.json"), &results)?;
     report::write_atomically(&options.out.join("report.html"), &page::page(&results)?)?;
@@ -224,7 +230,11 @@ fn beta() -> Beta {
     Beta::new(1.0).expect("1 is above 0")
 }
 
-fn one_seed(options: &IdentificationOptions, seed: u64) -> Result<SeedResult, TrainError> {
+fn one_seed(
+    options: &IdentificationOptions,
+    seed: u64,
+    settings: String,
+) -> Result<SeedResult, TrainError> {
     let began = Instant::now();
     let device = crate::device::device(&options.device)?;
     let tree = tree(options.horizon)?;
@@ -247,7 +257,7 @@ fn one_seed(options: &IdentificationOptions, seed: u64) -> Result<SeedResult, Tr
     });
     Ok(SeedResult {
         seed,
-        settings: options.settings(seed),
+        settings,
         cells: cells.into_iter().collect::<Result<_, _>>()?,
         seconds: began.elapsed().as_secs_f64(),
     })
