@@ -430,6 +430,44 @@ impl ModelConfig {
             .sum()
     }
 
+    /// The longest of the prompts, in tokens, if a model of this shape can read them and `n_new` further tokens.
+    ///
+    /// # Errors
+    ///
+    /// No prompt, one that is empty or holds an id outside the vocabulary, or one that is too long;
+    /// by its index.
+    pub fn check_prompts<P: AsRef<[u32]>>(
+        &self,
+        prompts: &[P],
+        n_new: usize,
+    ) -> Result<usize, LmError> {
+        if prompts.is_empty() {
+            return Err(LmError::Request("no prompt to decode from".into()));
+        }
+        let mut longest = 0;
+        for (row, prompt) in prompts.iter().enumerate() {
+            let prompt = prompt.as_ref();
+            if prompt.is_empty() {
+                return Err(LmError::Request(format!("prompt {row} is empty")));
+            }
+            if let Some(id) = prompt.iter().find(|&&id| id as usize >= self.vocab_size) {
+                return Err(LmError::Request(format!(
+                    "prompt {row} holds token id {id}, outside the vocabulary of {}",
+                    self.vocab_size
+                )));
+            }
+            if prompt.len().saturating_add(n_new) > self.max_positions {
+                return Err(LmError::Request(format!(
+                    "prompt {row} has {} tokens; with {n_new} new ones it exceeds the model's {}",
+                    prompt.len(),
+                    self.max_positions
+                )));
+            }
+            longest = longest.max(prompt.len());
+        }
+        Ok(longest)
+    }
+
     /// Floating-point operations of one token's forward pass through the blocks and the head,
     /// attention scores left out: two for each weight of each matrix.
     pub fn matmul_flops_per_token(&self) -> (usize, usize) {

@@ -72,7 +72,8 @@ pub fn write_folder_atomically<E: From<io::Error>>(
 /// What keeps the nearest folder that is there from being written.
 pub fn check_writable(path: &Path) -> io::Result<()> {
     let mut folder = parent(path);
-    while !folder.exists() {
+    // A link to nothing is there, and nothing can be made below it.
+    while folder.symlink_metadata().is_err() {
         let above = parent(&folder);
         if above == folder {
             break;

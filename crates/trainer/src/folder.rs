@@ -7,9 +7,9 @@ use std::path::Path;
 
 use crate::error::TrainError;
 
-/// Whether a folder holds anything, or is none.
+/// Whether a folder holds nothing, or there is none.
 ///
-/// Hidden entries do not count: what a killed process was writing, and what file browsers keep.
+/// What a killed process was writing does not count, nor what file browsers keep.
 ///
 /// # Errors
 ///
@@ -18,7 +18,7 @@ pub fn is_empty(folder: &Path) -> Result<bool, TrainError> {
     Ok(names(folder)?.is_empty())
 }
 
-/// Names of what a folder holds, hidden entries apart; none where there is no folder.
+/// Names of what a folder holds and [`is_empty`] counts; none where there is no folder.
 pub(crate) fn names(folder: &Path) -> Result<Vec<String>, TrainError> {
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -28,9 +28,8 @@ pub(crate) fn names(folder: &Path) -> Result<Vec<String>, TrainError> {
     let mut names = Vec::new();
     for entry in entries {
         let name = entry.map_err(TrainError::io(folder))?.file_name();
-        let name = name.to_string_lossy();
-        if !name.starts_with('.') {
-            names.push(name.into_owned());
+        if !is_temporary(&name) && name != ".DS_Store" {
+            names.push(name.to_string_lossy().into_owned());
         }
     }
     Ok(names)
@@ -132,8 +131,8 @@ mod tests {
         }
         drop(lock);
         enter(&folder).unwrap();
-        std::fs::write(folder.join("scores.jsonl"), "").unwrap();
+        std::fs::write(folder.join(".kept"), "").unwrap();
         assert!(!is_empty(&folder).unwrap());
-        assert!(is_empty(&folder.join("scores.jsonl")).is_err());
+        assert!(is_empty(&folder.join(".kept")).is_err());
     }
 }

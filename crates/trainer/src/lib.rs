@@ -68,6 +68,8 @@ pub use recipe::{
     SyncRecipe, TaskRecipe,
 };
 pub use run::{Finished, RunOptions, train};
-pub use sampling::{Policy, PromptSource, Prompts, SampleOptions, base_of_adapter, sample_prompts};
+pub use sampling::{
+    Policy, PromptSource, Prompts, SampleOptions, base_of_adapter, policy_shape, sample_prompts,
+};
 pub use unpaired::UNPAIRED_METRICS;
 pub use workers::Workers;

@@ -146,12 +146,13 @@ fn prepare_task(
                 path: path.clone(),
                 reason,
             };
-            // A checkpoint holds no tokenizer: of it, the size can be told alone.
-            let found = ModelConfig::read(path)?.vocab_size;
+            // A checkpoint holds no tokenizer.
             if path.join(TOKENIZER).exists() {
                 let theirs = Tokenizer::from_folder(path)?;
                 same_tokens("the memo task", &tokenizer, &theirs).map_err(differs)?;
-            } else if found != task.vocab_size() {
+            }
+            let found = ModelConfig::read(path)?.vocab_size;
+            if found < task.vocab_size() {
                 return Err(differs(format!(
                     "expected the memo task's vocabulary of {} tokens, got {found}",
                     task.vocab_size()
@@ -224,6 +225,7 @@ fn prepare_task(
     // They are sampled from when all is trained.
     let ids: Vec<&[u32]> = prompts.iter().map(|(_, ids)| &ids[..]).collect();
     model
+        .config()
         .check_prompts(&ids, numbers.max_new_tokens)
         .map_err(|error| TrainError::Recipe {
             file: recipe.name.clone(),

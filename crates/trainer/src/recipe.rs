@@ -732,10 +732,8 @@ impl Recipe {
             }
             let known = self.evaluation_metrics();
             if !known.contains(&best.metric) {
-                return Err(TrainError::BestMetric {
-                    name: best.metric.clone(),
-                    known: known.join(", "),
-                });
+                let expected = format!("one of {}", known.join(", "));
+                return Err(wrong("preference.best.metric", &expected, &best.metric));
             }
         }
         if let Some(kl) = stage.chosen_kl

@@ -98,11 +98,19 @@ pub fn train(recipe: &Recipe, options: &RunOptions) -> Result<Finished, TrainErr
 /// The model that adapters are trained on, by its whole path: nobody knows from where they will be
 /// read.
 fn base_of_adapters(recipe: &Recipe, folder: &Path) -> Option<String> {
-    let base = match recipe.sft {
-        Some(_) => Some(folder.join(names::SFT)),
-        None => recipe.model.path.clone(),
+    let whole = |path: &Path| {
+        // What a link points to may change. On Windows the form without links is one that few read.
+        let whole = if cfg!(windows) {
+            std::path::absolute(path)
+        } else {
+            path.canonicalize()
+        };
+        whole.unwrap_or_else(|_| path.to_path_buf())
     };
-    let base = base.map(|base| std::path::absolute(&base).unwrap_or(base));
+    let base = match recipe.sft {
+        Some(_) => Some(whole(folder).join(names::SFT)),
+        None => recipe.model.path.as_deref().map(whole),
+    };
     base.map(|base| base.to_string_lossy().into_owned())
 }
 
@@ -132,7 +140,7 @@ struct Run<'a> {
     /// Folder of the model that adapters are trained on, if there is one.
     base: Option<String>,
     /// Held as long as the run is at work in its folder.
-    _lock: File,
+    _lock: [Option<File>; 2],
     folder: PathBuf,
     /// Where training computes; all else does on the first.
     devices: Vec<Device>,
@@ -231,8 +239,8 @@ fn begin_folder(
     resolved: &str,
     inputs: &str,
     resume: bool,
-) -> Result<File, TrainError> {
-    std::fs::create_dir_all(folder).map_err(TrainError::io(folder))?;
+) -> Result<[Option<File>; 2], TrainError> {
+    let other_commands = folder::enter(folder)?;
     let refuse = |reason: &str| {
         Err(TrainError::RunFolder {
             path: folder.to_path_buf(),
@@ -246,9 +254,9 @@ fn begin_folder(
         .create(true)
         .open(&path)
         .map_err(TrainError::io(&path))?;
+    // The file as well as the folder, which cannot be locked everywhere.
     folder::check_alone(folder, &lock)?;
     check_folder(folder, resolved, resume)?;
-    folder::clean(folder)?;
     folder::clean(&folder.join(names::CHECKPOINTS))?;
     let mut old = String::new();
     lock.read_to_string(&mut old)
@@ -267,7 +275,7 @@ fn begin_folder(
         write_atomically(&path, |file| file.write_all(resolved.as_bytes()))
             .map_err(TrainError::io(&path))?;
     }
-    Ok(lock)
+    Ok([other_commands, Some(lock)])
 }
 
 /// A digest of what a recipe names but does not hold: the tokens of the data, and the files of

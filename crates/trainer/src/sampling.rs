@@ -6,7 +6,8 @@ use burn::tensor::Device;
 use judge::Sample;
 use lm::chat::{ChatTemplate, Message, RenderOptions};
 use lm::tokenizer::Tokenizer;
-use lm::{AdapterFolder, LmError, Sampling, Transformer};
+use lm::weights::WeightFiles;
+use lm::{AdapterFolder, LmError, ModelConfig, Sampling, Transformer};
 use memo_task::{MemoConfig, MemoTask, Split};
 use serde::Deserialize;
 use serde_json::Value;
@@ -33,16 +34,39 @@ impl Policy {
     ///
     /// What is wrong with either.
     pub fn read(folder: &Path, device: &Device) -> Result<Self, TrainError> {
-        let model = match base_of_adapter(folder)? {
-            Some(base) => Transformer::read(&base, device)?.read_adapter(folder)?,
+        let base = base_of_adapter(folder)?;
+        let model = match &base {
+            Some(base) => Transformer::read(base, device)?.read_adapter(folder)?,
             None => Transformer::read(folder, device)?,
         };
         Ok(Self {
             model,
-            tokenizer: Tokenizer::from_folder(folder)?,
+            tokenizer: tokenizer_of(folder, base.as_deref())?,
             folder: folder.to_path_buf(),
         })
     }
+}
+
+/// The tokenizer of a policy's folder; that of the model below, where adapters come without one, as
+/// those of checkpoints do.
+pub(crate) fn tokenizer_of(folder: &Path, base: Option<&Path>) -> Result<Tokenizer, TrainError> {
+    let own = folder.join("tokenizer.json").exists();
+    let holder = base.filter(|_| !own).unwrap_or(folder);
+    Ok(Tokenizer::from_folder(holder)?)
+}
+
+/// What a policy's folder says of the model and its tokenizer, without its weights, whose files are
+/// there.
+///
+/// # Errors
+///
+/// As [`Policy::read`], but for the weights themselves.
+pub fn policy_shape(folder: &Path) -> Result<(ModelConfig, Tokenizer), TrainError> {
+    let base = base_of_adapter(folder)?;
+    let model = base.as_deref().unwrap_or(folder);
+    let config = ModelConfig::read(model)?;
+    WeightFiles::open(model)?;
+    Ok((config, tokenizer_of(folder, base.as_deref())?))
 }
 
 /// The folder of the model that a PEFT folder adapts; none for a model's own folder.
@@ -210,6 +234,7 @@ pub fn sample_prompts(
     // Of all prompts before the first is drawn from, so that nothing drawn is lost.
     policy
         .model
+        .config()
         .check_prompts(&prompts.ids, options.max_new_tokens)?;
     let repeated: Vec<&[u32]> = prompts
         .ids

@@ -25,7 +25,7 @@ use crate::folder;
 use crate::prepare::same_tokens;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::sampling::{Policy, base_of_adapter};
+use crate::sampling::{Policy, base_of_adapter, tokenizer_of};
 use crate::workers::Workers;
 
 use read::Models;
@@ -265,7 +265,7 @@ fn prepare(options: &ScoreOptions) -> Result<(Encoder, Beta, ModelConfig), Train
             config.vocab_size, reference.vocab_size
         )));
     }
-    let tokenizer = Tokenizer::from_folder(&options.policy)?;
+    let tokenizer = tokenizer_of(&options.policy, base.as_deref())?;
     let theirs = Tokenizer::from_folder(&options.reference)?;
     same_tokens("the policy", &tokenizer, &theirs).map_err(differ)?;
     let window = config.max_positions.min(reference.max_positions);

@@ -258,7 +258,7 @@ fn a_metric_that_no_evaluation_has_is_refused_by_name() {
     let (_folder, recipe, out) = with("best = { metric = \"eval_los\" }");
     let said = fail(&mut train(&recipe, &out));
     assert!(
-        said.contains("eval_los`") && said.contains("eval_loss, "),
+        said.contains("expected one of eval_loss, ") && said.contains("got eval_los"),
         "{said}"
     );
     // Before anything is trained.
@@ -349,13 +349,14 @@ fn adapters_are_trained_alone_written_for_peft_and_merged_and_survive_a_resume()
     for adapter in [Path::new("adapter"), &checkpoint] {
         let settings = std::fs::read(out.join(adapter).join("adapter_config.json")).unwrap();
         let settings: serde_json::Value = serde_json::from_slice(&settings).unwrap();
-        let base = std::path::absolute(out.join("sft")).unwrap();
+        let base = out.join("sft").canonicalize().unwrap();
         assert_eq!(settings["base_model_name_or_path"], base.to_str().unwrap());
+        let mut sample = common::r2q();
+        sample.args(["sample", "--memo-prompts", "1", "--max-new-tokens", "2"]);
+        sample.arg("--policy").arg(out.join(adapter));
+        let name = adapter.file_name().unwrap().to_str().unwrap();
+        succeed(sample.arg("--out").arg(out.join(format!("{name}.jsonl"))));
     }
-    let mut sample = common::r2q();
-    sample.args(["sample", "--memo-prompts", "1", "--max-new-tokens", "2"]);
-    sample.arg("--policy").arg(out.join("adapter"));
-    succeed(sample.arg("--out").arg(out.join("samples.jsonl")));
     // The model is the fine-tuned one but for the targets.
     let before = tensors(&out.join("sft/model.safetensors"));
     let after = tensors(&out.join("model/model.safetensors"));

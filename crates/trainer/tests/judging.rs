@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use common::{TINY, fail, r2q, succeed, train, write};
+use common::{TINY, copy, fail, r2q, succeed, train, write};
 use serde_json::Value;
 
 /// A finished tiny run, made once for all tests of this file.
@@ -331,6 +331,13 @@ fn a_server_labels_preferences() {
     );
 }
 
+/// The trained model in another folder.
+fn copy_of_model(folder: &Path, name: &str) -> PathBuf {
+    let model = folder.join(name);
+    copy(&run().join("model"), &model);
+    model
+}
+
 #[test]
 fn settings_are_checked_before_a_judge_is_asked() {
     let folder = tempfile::tempdir().unwrap();
@@ -374,6 +381,8 @@ fn settings_are_checked_before_a_judge_is_asked() {
     // Nor does a folder that holds no model, prompts that are not there, or an empty file; and one that
     // was there is left as it was.
     let empty = write(folder.path(), "empty.jsonl", "\n");
+    let unweighted = copy_of_model(folder.path(), "unweighted");
+    std::fs::remove_file(unweighted.join("model.safetensors")).unwrap();
     for made in [false, true] {
         if made {
             std::fs::create_dir(&out).unwrap();
@@ -382,6 +391,9 @@ fn settings_are_checked_before_a_judge_is_asked() {
             (folder.path(), "4", "config.json"),
             (&run().join("model"), "nowhere.jsonl", "nowhere.jsonl: "),
             (&empty, "4", "expected at least one completion"),
+            // Its weights are not there; its prompts are others; its weights are no numbers.
+            (&unweighted, "4", "safetensors"),
+            (&run().join("model"), "4", "prompt"),
         ] {
             let mut command = eval(b);
             let flag = match prompts {
@@ -392,12 +404,49 @@ fn settings_are_checked_before_a_judge_is_asked() {
             assert!(said.contains(expected), "{said}");
             assert_eq!(out.exists(), made, "{said}");
         }
-        let mut command = eval(&samples);
-        command.args(["--tie-band", "-1"]);
-        let said = fail(&mut command);
-        assert!(said.contains("band"), "{said}");
-        let left = out.exists().then(|| out.read_dir().unwrap().count());
-        assert_eq!(left, made.then_some(0), "{said}");
+        let broken = copy_of_model(folder.path(), &format!("broken-{made}"));
+        let weights = broken.join("model.safetensors");
+        let mut bytes = std::fs::read(&weights).unwrap();
+        let end = bytes.len() - 4;
+        bytes[end..].copy_from_slice(&f32::NAN.to_le_bytes());
+        std::fs::write(&weights, bytes).unwrap();
+        let mut sampled = r2q();
+        sampled.args(["eval", "--judge", "memo", "--memo-prompts", "4"]);
+        sampled.arg("--policy-a").arg(&broken);
+        sampled
+            .arg("--policy-b")
+            .arg(&broken)
+            .arg("--out")
+            .arg(&out);
+        let config =
+            "base_url = \"http://localhost:1/v1\"\nmodel = \"m\"\napi_key_env = \"R2Q_NO\"\n";
+        let config = write(folder.path(), "judge.toml", config);
+        let mut judged = r2q();
+        judged.arg("eval").arg("--judge-config").arg(config);
+        judged.arg("--policy-a").arg(&samples);
+        judged
+            .arg("--policy-b")
+            .arg(&samples)
+            .arg("--out")
+            .arg(&out);
+        let mut banded = eval(&samples);
+        banded.args(["--tie-band", "-1"]);
+        for (command, expected) in [
+            (&mut sampled, "NaN"),
+            (&mut judged, "R2Q_NO"),
+            (&mut banded, "band"),
+        ] {
+            let said = fail(command);
+            assert!(said.contains(expected), "{said}");
+            let left = out.exists().then(|| out.read_dir().unwrap().count());
+            assert_eq!(left, made.then_some(0), "{said}");
+        }
+        // One process at a time.
+        if made {
+            let _lock = trainer::folder::enter(&out).unwrap();
+            let said = fail(&mut eval(&samples));
+            assert!(said.contains("another process is at work"), "{said}");
+        }
     }
     // No memo, but it is read and judged.
     let said = fail(&mut eval(&samples));
@@ -427,7 +476,7 @@ fn bad_arguments_are_one_line_that_says_what_to_give() {
         (
             "--n",
             "65000",
-            "--memo-prompts times --n: expected at most 4194304, got 6500000",
+            "prompts times --n: expected at most 4194304, got 6500000",
         ),
     ] {
         let mut command = r2q();

@@ -11,13 +11,14 @@ use serde_json::Value;
 fn identification_writes_results_and_a_page_and_takes_finished_seeds_as_they_are() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out");
-    let run = || {
+    let of_seeds = |seeds: &str| {
         let mut command = r2q();
-        command.args(["reproduce", "identification", "--seeds", "1,2"]);
+        command.args(["reproduce", "identification", "--seeds", seeds]);
         command.args(["--pairs", "100,3000", "--steps", "60", "--horizon", "3"]);
         command.arg("--out").arg(&out);
-        succeed(&mut command)
+        command
     };
+    let run = || succeed(&mut of_seeds("1,2"));
     let read = || std::fs::read_to_string(out.join("results.json")).unwrap();
     run();
     let first = read();
@@ -61,13 +62,11 @@ fn identification_writes_results_and_a_page_and_takes_finished_seeds_as_they_are
         "{said}"
     );
     assert_eq!(read(), first);
-    // Nor are those of another experiment, and nothing is computed for the seeds before them.
+    // Nor does anything stand beside those of another experiment, whose summary would be lost.
     let other = out.join("seed-7");
     std::fs::create_dir(&other).unwrap();
     std::fs::write(other.join("result.json"), "{\"cells\": 3}").unwrap();
-    let mut command = r2q();
-    command.args(["reproduce", "identification", "--seeds", "6,7", "--out"]);
-    let said = fail(command.arg(&out));
+    let said = fail(&mut of_seeds("6"));
     assert!(
         said.contains("seed-7/result.json: is no result of this experiment"),
         "{said}"
@@ -75,6 +74,21 @@ fn identification_writes_results_and_a_page_and_takes_finished_seeds_as_they_are
     assert!(!out.join("seed-6").exists());
     let kept = std::fs::read_to_string(other.join("result.json")).unwrap();
     assert_eq!(kept, "{\"cells\": 3}");
+    assert_eq!(read(), first);
+    // Of a seed that was begun its settings are known; one that left nothing else was not.
+    let out = folder.path().join("begun");
+    std::fs::create_dir_all(out.join("seed-7/run")).unwrap();
+    std::fs::write(out.join("seed-7/settings.txt"), "others").unwrap();
+    for expected in [
+        "seed-7/settings.txt: was begun under other",
+        "device `abacus`",
+    ] {
+        let mut command = r2q();
+        command.args(["reproduce", "identification", "--device", "abacus", "--out"]);
+        let said = fail(command.arg(&out).args(["--seeds", "6"]));
+        assert!(said.contains(expected), "{said}");
+        let _ = std::fs::remove_dir(out.join("seed-7/run"));
+    }
 }
 
 #[test]

@@ -495,18 +495,38 @@ fn nothing_can_be_resumed_where_nothing_was_begun() {
 }
 
 #[test]
+fn a_checkpoint_of_the_task_is_a_model_to_begin_with() {
+    let checkpoints = unbroken().join("checkpoints");
+    let stage = names(&checkpoints);
+    let newest = stage
+        .iter()
+        .rfind(|name| name.starts_with("preference"))
+        .unwrap();
+    let model = checkpoints.join(newest);
+    assert!(!model.join("tokenizer.json").exists());
+    let (start, rest) = TINY.split_once("[model]\n").unwrap();
+    let rest = &rest[rest.find("\n[").unwrap()..];
+    let (folder, _, out) = place();
+    let text = format!("{start}[model]\npath = {model:?}\n{rest}");
+    let recipe = write(folder.path(), "on.toml", text);
+    succeed(&mut train(&recipe, &out));
+}
+
+#[test]
 fn two_processes_are_never_at_work_in_one_folder() {
     let (_folder, recipe, out) = nearly_finished();
     let before = contents(&out);
-    let lock = std::fs::File::open(out.join("inputs.sha256")).unwrap();
-    lock.try_lock().unwrap();
-    let error = fail(train(&recipe, &out).arg("--resume"));
-    assert!(
-        error.contains("another process is at work in it"),
-        "{error}"
-    );
-    assert!(contents(&out) == before);
-    drop(lock);
+    // Another run has locked the file, any other command the folder.
+    for locked in [out.join("inputs.sha256"), out.clone()] {
+        let lock = std::fs::File::open(locked).unwrap();
+        lock.try_lock().unwrap();
+        let error = fail(train(&recipe, &out).arg("--resume"));
+        assert!(
+            error.contains("another process is at work in it"),
+            "{error}"
+        );
+        assert!(contents(&out) == before);
+    }
     resume(&recipe, &out);
     assert_same(&out);
 }

@@ -135,7 +135,7 @@ impl<'a> Decoder<'a> {
         prompts: &[P],
         n_new: usize,
     ) -> Result<(KvCache, Tensor<2>), LmError> {
-        let longest = self.model.check_prompts(prompts, n_new)?;
+        let longest = self.model.config().check_prompts(prompts, n_new)?;
         Ok(match &self.host {
             Some(host) => {
                 let (cache, logits) = HostCache::prefill(host, prompts, n_new);
@@ -185,46 +185,5 @@ pub(crate) fn on_cpu(model: &Transformer) -> bool {
     {
         let _ = model;
         false
-    }
-}
-
-impl Transformer {
-    /// The longest of the prompts, in tokens, if the model can read them and `n_new` further tokens.
-    ///
-    /// # Errors
-    ///
-    /// No prompt, one that is empty or holds an id outside the vocabulary, or one that is too long;
-    /// by its index.
-    pub fn check_prompts<P: AsRef<[u32]>>(
-        &self,
-        prompts: &[P],
-        n_new: usize,
-    ) -> Result<usize, LmError> {
-        let config = self.config();
-        if prompts.is_empty() {
-            return Err(LmError::Request("no prompt to decode from".into()));
-        }
-        let mut longest = 0;
-        for (row, prompt) in prompts.iter().enumerate() {
-            let prompt = prompt.as_ref();
-            if prompt.is_empty() {
-                return Err(LmError::Request(format!("prompt {row} is empty")));
-            }
-            if let Some(id) = prompt.iter().find(|&&id| id as usize >= config.vocab_size) {
-                return Err(LmError::Request(format!(
-                    "prompt {row} holds token id {id}, outside the vocabulary of {}",
-                    config.vocab_size
-                )));
-            }
-            if prompt.len().saturating_add(n_new) > config.max_positions {
-                return Err(LmError::Request(format!(
-                    "prompt {row} has {} tokens; with {n_new} new ones it exceeds the model's {}",
-                    prompt.len(),
-                    config.max_positions
-                )));
-            }
-            longest = longest.max(prompt.len());
-        }
-        Ok(longest)
     }
 }

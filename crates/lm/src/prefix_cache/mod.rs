@@ -334,7 +334,7 @@ impl PrefixModel for PrefixCache<'_> {
         self.stats = PrefixCacheStats::default();
         for side in &mut self.sides {
             side.clear();
-            let checked = side.model.check_prompts(&[prompt], max_new_tokens);
+            let checked = side.model.config().check_prompts(&[prompt], max_new_tokens);
             checked.map_err(SearchError::model)?;
         }
         Ok(())

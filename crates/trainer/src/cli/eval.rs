@@ -8,11 +8,9 @@ use judge::{
     EvalOptions, EvalOutcome, Judge, Judgement, LengthUnit, RewardJudge, Rule, Sample, evaluate,
     pair_samples,
 };
-use lm::ModelConfig;
-use lm::tokenizer::Tokenizer;
 use report::{Card, OutcomeRow, SampleCompletion, Token, TrainingReport};
 use serde::Serialize;
-use trainer::{Policy, Workers, base_of_adapter, device, folder, sample_prompts};
+use trainer::{Policy, Workers, device, folder, policy_shape, sample_prompts};
 
 use super::{
     JudgeArgs, PromptArgs, Referee, SamplingArgs, read_samples, with_progress, write_rows,
@@ -58,15 +56,16 @@ impl EvalArgs {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         self.judge.check()?;
         self.check_folder()?;
-        for (policy, side) in [(&self.policy_a, "a"), (&self.policy_b, "b")] {
-            if !self.is_kept(side) {
-                self.check_policy(policy, side)?;
-            }
-        }
+        // The cheap things first: what is wrong with B should not cost the sampling from A.
+        let a = self.expected(&self.policy_a, "a")?;
+        let b = self.expected(&self.policy_b, "b")?;
+        pair_samples(&a, &b)?;
         let is_new = !self.out.exists();
         let _lock = folder::enter(&self.out)?;
+        // Another process may have been at work in it since.
+        self.check_folder()?;
         let done = self.evaluate();
-        if done.is_err() && !self.resume && !self.is_kept("a") {
+        if done.is_err() && !self.resume && !self.samples_file("a").is_file() {
             // Nothing is lost, and the next attempt may have other settings.
             std::fs::remove_file(self.settings_file()).ok();
             let answers = self.answers_file();
@@ -103,8 +102,12 @@ impl EvalArgs {
         Ok(())
     }
 
-    /// The cheap things of a side first: what is wrong with B should not cost the sampling from A.
-    fn check_policy(&self, policy: &Path, side: &str) -> anyhow::Result<()> {
+    /// The completions of a side, as far as they are there, and their prompts else: what they are
+    /// paired by. Whatever can be wrong with a policy is told, but for its weights' values.
+    fn expected(&self, policy: &Path, side: &str) -> anyhow::Result<Vec<Sample>> {
+        if self.is_kept(side) {
+            return read_samples(&self.samples_file(side));
+        }
         if !policy.exists() {
             bail!(
                 "--policy-{side}: {}: no such file or folder",
@@ -112,16 +115,20 @@ impl EvalArgs {
             );
         }
         if policy.is_file() {
-            read_samples(policy)?;
-            return Ok(());
+            return read_samples(policy);
         }
         let options = self.sampling.options(self.n)?;
-        let source = self.prompts.source(&options)?;
+        self.prompts.source(&options)?;
         device(&self.sampling.device)?;
-        let base = base_of_adapter(policy)?;
-        ModelConfig::read(base.as_deref().unwrap_or(policy))?;
-        source.read(&Tokenizer::from_folder(policy)?)?;
-        Ok(())
+        let (config, tokenizer) = policy_shape(policy)?;
+        let prompts = self.prompts.read(&tokenizer, &options)?;
+        config
+            .check_prompts(&prompts.ids, options.max_new_tokens)
+            .with_context(|| policy.display().to_string())?;
+        let samples = prompts.texts.iter().map(|prompt| Sample::new(prompt, ""));
+        Ok(samples
+            .flat_map(|sample| std::iter::repeat_n(sample, options.n))
+            .collect())
     }
 
     fn evaluate(&self) -> anyhow::Result<()> {
@@ -167,7 +174,7 @@ impl EvalArgs {
 
     /// Whether a side's completions are there from before.
     fn is_kept(&self, side: &str) -> bool {
-        self.samples_file(side).is_file()
+        self.resume && self.samples_file(side).is_file()
     }
 
     /// What completions and questions depend on.
@@ -188,9 +195,8 @@ impl EvalArgs {
             read_samples(policy)?
         } else {
             let options = self.sampling.options(self.n)?;
-            let source = self.prompts.source(&options)?;
             let policy = Policy::read(policy, &device(&self.sampling.device)?)?;
-            let prompts = source.read(&policy.tokenizer)?;
+            let prompts = self.prompts.read(&policy.tokenizer, &options)?;
             let workers = Workers::on(&policy.model.device(), self.sampling.workers);
             let label = format!("sample from {}", side.to_uppercase());
             sample_prompts(&policy, &prompts, &options, &workers, &label)?

@@ -17,7 +17,8 @@ use judge::{
     CommandReward, HttpJudge, HttpJudgeConfig, JudgementCache, MemoReward, Reward, Sample,
 };
 use lm::Sampling;
-use trainer::{PromptSource, SampleOptions, folder};
+use lm::tokenizer::Tokenizer;
+use trainer::{PromptSource, Prompts, SampleOptions, folder};
 
 pub(crate) use devices::DevicesArgs;
 pub(crate) use eval::EvalArgs;
@@ -39,23 +40,25 @@ pub(crate) struct PromptArgs {
 }
 
 impl PromptArgs {
-    /// The prompts to sample from.
+    /// Where the prompts come from.
     fn source(&self, options: &SampleOptions) -> anyhow::Result<PromptSource> {
         match (&self.prompts, self.memo_prompts) {
             (Some(path), None) => Ok(PromptSource::File(path.clone())),
             (None, Some(n)) => {
                 check_count("--memo-prompts", n, 1..=MOST_AT_ONCE)?;
-                let completions = n.saturating_mul(options.n);
-                check_count(
-                    "--memo-prompts times --n",
-                    completions,
-                    1..=MOST_COMPLETIONS,
-                )?;
+                check_completions(n, options)?;
                 let seed = options.seed;
                 Ok(PromptSource::Memo { n, seed })
             }
             _ => bail!("which prompts? give --prompts FILE or --memo-prompts N"),
         }
+    }
+
+    /// The prompts to sample from, in a policy's tokens.
+    fn read(&self, tokenizer: &Tokenizer, options: &SampleOptions) -> anyhow::Result<Prompts> {
+        let prompts = self.source(options)?.read(tokenizer)?;
+        check_completions(prompts.texts.len(), options)?;
+        Ok(prompts)
     }
 }
 
@@ -150,6 +153,8 @@ impl JudgeArgs {
             if self.judge_key_env.is_some() {
                 config.api_key_env.clone_from(&self.judge_key_env);
             }
+            // What is wrong with the settings leaves no file behind.
+            HttpJudge::new(config.clone(), JudgementCache::in_memory())?;
             make_folder_of(cache)?;
             let judge = HttpJudge::new(config, JudgementCache::open(cache)?)?;
             if !judge.cache().is_empty() {
@@ -229,7 +234,9 @@ fn check_new(path: &Path) -> anyhow::Result<()> {
     if path.symlink_metadata().is_ok() {
         bail!("{name}: is there already; give --out another name");
     }
-    if path.file_name().is_none() || path.to_string_lossy().ends_with(std::path::is_separator) {
+    let text = path.to_string_lossy();
+    let last = text.rsplit(std::path::is_separator).next();
+    if last.is_none_or(|last| ["", ".", ".."].contains(&last)) {
         bail!("{name}: expected the name of a file, got that of a folder");
     }
     lm::files::check_writable(path).with_context(|| name.to_string())
@@ -251,6 +258,12 @@ const MOST_AT_ONCE: usize = 1 << 16;
 const MOST_COMPLETIONS: usize = 1 << 22;
 /// More threads than any machine has cores.
 const MOST_WORKERS: usize = 1 << 12;
+
+/// Refuses more completions than are held at once.
+fn check_completions(prompts: usize, options: &SampleOptions) -> anyhow::Result<()> {
+    let completions = prompts.saturating_mul(options.n);
+    check_count("prompts times --n", completions, 0..=MOST_COMPLETIONS)
+}
 
 /// Refuses a count outside of its range.
 pub(crate) fn check_count(

@@ -29,9 +29,9 @@ impl SampleArgs {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         check_new(&self.out)?;
         let options = self.sampling.options(self.n)?;
-        let source = self.prompts.source(&options)?;
+        self.prompts.source(&options)?;
         let policy = Policy::read(&self.policy, &device(&self.sampling.device)?)?;
-        let prompts = source.read(&policy.tokenizer)?;
+        let prompts = self.prompts.read(&policy.tokenizer, &options)?;
         let workers = Workers::on(&policy.model.device(), self.sampling.workers);
         let samples = sample_prompts(&policy, &prompts, &options, &workers, "sample")?;
         write_rows(&self.out, &samples)?;

@@ -12,8 +12,9 @@ pub mod identification;
 mod page;
 pub mod statistics;
 
-use std::io::ErrorKind;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
 
 use lm::files::write_atomically;
 use serde::de::DeserializeOwned;
@@ -58,12 +59,8 @@ fn check_distinct<T: PartialEq + std::fmt::Display>(
 
 /// Refuses a folder of something else than an experiment's seeds.
 fn check_out(out: &Path) -> Result<(), TrainError> {
-    let is_seed = |name: &String| {
-        let number = name.strip_prefix("seed-");
-        number.is_some_and(|number| number.parse::<u64>().is_ok())
-    };
     let names = folder::names(out)?;
-    if names.is_empty() || names.iter().any(is_seed) {
+    if names.is_empty() || names.iter().any(|name| seed_of(name).is_some()) {
         return Ok(());
     }
     Err(TrainError::RunFolder {
@@ -72,13 +69,28 @@ fn check_out(out: &Path) -> Result<(), TrainError> {
     })
 }
 
+/// The seed whose folder has this name.
+fn seed_of(name: &str) -> Option<u64> {
+    name.strip_prefix("seed-")?.parse().ok()
+}
+
+fn folder_of(out: &Path, seed: u64) -> PathBuf {
+    out.join(format!("seed-{seed}"))
+}
+
+/// Name of a seed's result in its folder.
+const RESULT: &str = "result.json";
+/// What it depends on, written before it is begun.
+const SETTINGS: &str = "settings.txt";
+
 /// The result of each seed: what its folder in `out` holds, or else what `make` gives for the seed,
 /// its settings and its folder, which is then written there. A line about each, by `say`.
 ///
 /// # Errors
 ///
-/// A result of any seed that was made under other settings or by another experiment: nothing is made
-/// then, and it is not written over. Those of `settings` and `make`.
+/// A folder of any seed that was made or begun under other settings or by another experiment, whether
+/// it is asked for or not: nothing is made then, and nothing is written over. Those of `settings` and
+/// `make`.
 fn of_seeds<T: OfSeed>(
     out: &Path,
     seeds: &[u64],
@@ -86,57 +98,74 @@ fn of_seeds<T: OfSeed>(
     make: impl Fn(u64, String, &Path) -> Result<T, TrainError>,
     say: impl Fn(&T) -> String,
 ) -> Result<Vec<T>, TrainError> {
-    let _lock = folder::enter(out)?;
-    let folder = |seed: u64| out.join(format!("seed-{seed}"));
-    let done = |&seed: &u64| {
-        let settings = settings(seed)?;
-        let found = done(&folder(seed).join(RESULT), &settings)?;
-        Ok((seed, settings, found))
-    };
-    // Those of all seeds first: hours of work should not end at a folder that they do not fit.
-    let seeds: Vec<(u64, String, Option<T>)> =
-        seeds.iter().map(done).collect::<Result<_, TrainError>>()?;
-    let result = |(seed, settings, done)| {
-        let folder = folder(seed);
+    // All of them first: hours of work should not end at a folder that they do not fit.
+    let mut done = BTreeMap::new();
+    let names = folder::names(out)?;
+    let there: BTreeSet<u64> = names.iter().filter_map(|name| seed_of(name)).collect();
+    for seed in there {
+        if let Some(found) = found::<T>(&folder_of(out, seed), &settings(seed)?)? {
+            done.insert(seed, found);
+        }
+    }
+    let mut results = Vec::new();
+    for &seed in seeds {
+        let folder = folder_of(out, seed);
         let path = folder.join(RESULT);
-        let result = match done {
-            Some(done) => {
+        let result = match done.remove(&seed) {
+            Some(found) => {
                 eprintln!("seed {seed}: taken from {}", path.display());
-                done
+                found
             }
             None => {
                 std::fs::create_dir_all(&folder).map_err(TrainError::io(&folder))?;
+                let settings = settings(seed)?;
+                let begun = folder.join(SETTINGS);
+                write_atomically(&begun, |file| file.write_all(settings.as_bytes()))
+                    .map_err(TrainError::io(&begun))?;
                 let made = make(seed, settings, &folder)?;
                 write_json(&path, &made)?;
                 made
             }
         };
         eprintln!("seed {seed}: {}", say(&result));
-        Ok(result)
-    };
-    seeds.into_iter().map(result).collect()
+        results.push(result);
+    }
+    Ok(results)
 }
 
-/// Name of a seed's result in its folder.
-const RESULT: &str = "result.json";
-
-/// The result in a file, if there is one.
-fn done<T: OfSeed>(path: &Path, settings: &str) -> Result<Option<T>, TrainError> {
-    let refuse = |what: String| TrainError::RunFolder {
-        path: path.to_path_buf(),
-        reason: format!("{what}; give --out another folder"),
+/// The result in a seed's folder, if there is one.
+fn found<T: OfSeed>(folder: &Path, settings: &str) -> Result<Option<T>, TrainError> {
+    let refuse = |path: &Path, reason: String| {
+        let path = path.to_path_buf();
+        Err(TrainError::RunFolder { path, reason })
     };
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(TrainError::io(path)(error)),
+    let read = |path: &Path| match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(TrainError::io(path)(error)),
     };
-    let done: T = serde_json::from_slice(&bytes)
-        .map_err(|error| refuse(format!("is no result of this experiment ({error})")))?;
-    if done.settings() != settings {
-        return Err(refuse("was made under other settings".into()));
+    let others = "under other settings; give --out another folder, or the old ones";
+    let path = folder.join(RESULT);
+    let Some(bytes) = read(&path)? else {
+        let begun = folder.join(SETTINGS);
+        let other = read(&begun)?.is_some_and(|old| old != settings.as_bytes());
+        // A seed that left nothing else was hardly begun.
+        if other && folder::names(folder)? != [SETTINGS] {
+            return refuse(&begun, format!("was begun {others}"));
+        }
+        return Ok(None);
+    };
+    match serde_json::from_slice::<T>(&bytes) {
+        Ok(found) if found.settings() == settings => Ok(Some(found)),
+        Ok(_) => refuse(&path, format!("was made {others}")),
+        Err(error) => refuse(
+            &path,
+            format!(
+                "is no result of this experiment as it is now ({error}); give --out another \
+                 folder, or remove it"
+            ),
+        ),
     }
-    Ok(Some(done))
 }
 
 /// Writes results, whole or not at all.

@@ -24,6 +24,7 @@ use super::fit::Descent;
 use super::statistics::{OverSeeds, mean};
 use crate::error::TrainError;
 use crate::evaluate::wins;
+use crate::folder;
 use crate::learner::{Activations, Compared, Reference, preference_micro_batch, sft_micro_batch};
 use crate::prepare::{Prepared, prepare};
 use crate::progress::Progress;
@@ -266,6 +267,7 @@ pub struct BeamResults {
 /// Options or a recipe that do not fit, or anything that goes wrong in training or on the disk.
 pub fn run(options: &BeamOptions) -> Result<BeamResults, TrainError> {
     let betas = options.check()?;
+    let _lock = folder::enter(&options.out)?;
     let seeds = super::of_seeds(
         &options.out,
         &options.seeds,

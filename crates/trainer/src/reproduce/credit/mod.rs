@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::Target;
 use super::statistics::{Leakage, OverSeeds, auroc_of_low, correlation, leakage, roc_of_low};
 use crate::error::TrainError;
+use crate::folder;
 use crate::recipe::Recipe;
 use crate::workers::Workers;
 
@@ -206,6 +207,7 @@ pub struct CreditResults {
 /// Options or a recipe that do not fit, or anything that goes wrong in training or on the disk.
 pub fn run(options: &CreditOptions) -> Result<CreditResults, TrainError> {
     options.check()?;
+    let _lock = folder::enter(&options.out)?;
     let seeds = super::of_seeds(
         &options.out,
         &options.seeds,

@@ -22,6 +22,7 @@ use super::fit::Descent;
 use super::statistics::{OverSeeds, mean};
 use crate::error::TrainError;
 use crate::evaluate::{sample_completions, true_rewards};
+use crate::folder;
 use crate::learner::{
     Activations, Compared, Learner, Reference, preference_micro_batch, sft_micro_batch,
 };
@@ -208,6 +209,7 @@ const BEST_FIT: &str = "best fit";
 /// Options or a recipe that do not fit, or anything that goes wrong in training or on the disk.
 pub fn run(options: &CurvesOptions) -> Result<CurvesResults, TrainError> {
     let betas = options.check()?;
+    let _lock = folder::enter(&options.out)?;
     let seeds = super::of_seeds(
         &options.out,
         &options.seeds,

@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use dpo_loss::Beta;
 use judge::Estimate;
+use lm::ModelConfig;
 use lm::chat::ChatTemplate;
 use lm::data::{Boundary, EmptyCompletions, Treatment};
 use lm::files::write_atomically;
@@ -23,6 +24,7 @@ use serde_json::{Value, json};
 
 use super::Target;
 use crate::error::TrainError;
+use crate::folder;
 use crate::recipe::{DataRecipe, LoraRecipe, Recipe, Sources};
 use crate::run::{RunOptions, check_folder, is_run, train};
 use crate::score::{ScoreOptions, score};
@@ -212,6 +214,7 @@ pub fn run(options: &FirstErrorOptions) -> Result<FirstErrorResults, TrainError>
     options.check()?;
     let all = solutions::read(&options.data)?;
     let known = all.iter().filter(|pair| pair.first_error.is_some()).count();
+    let _lock = folder::enter(&options.out)?;
     let seeds = super::of_seeds(
         &options.out,
         &options.seeds,
@@ -252,16 +255,19 @@ fn one_seed(
     }
     let tokenizer = Tokenizer::from_folder(&options.model)?;
     // What cannot be read is known before the training.
-    let comes_back = |text: &str| {
-        let ids = tokenizer.encode_plain(text).ok();
-        let ids = ids.filter(|ids| ids.len() < MAX_LENGTH);
-        let back = ids.and_then(|ids| tokenizer.decode(&ids, true).ok());
-        back.is_some_and(|back| back.trim() == text.trim())
+    let window = ModelConfig::read(&options.model)?.max_positions;
+    let ids = |text: &str| tokenizer.encode_plain(text).ok();
+    let is_read = |pair: &Solutions| {
+        let question = ids(&pair.question)?.len();
+        let comes_back = |text: &str| {
+            let ids = ids(text)?;
+            let whole = question + ids.len() < window.min(MAX_LENGTH);
+            let back = tokenizer.decode_pieces(&ids).ok()?.concat();
+            Some(whole && back.trim() == text.trim())
+        };
+        Some(comes_back(&pair.right)? && comes_back(&pair.wrong)?)
     };
-    if !held_out
-        .iter()
-        .any(|pair| comes_back(&pair.right) && comes_back(&pair.wrong))
-    {
+    if !held_out.iter().any(|pair| is_read(pair) == Some(true)) {
         return Err(refuse(UNREADABLE));
     }
     let chat = ChatTemplate::from_tokenizer(&tokenizer)?.is_some();

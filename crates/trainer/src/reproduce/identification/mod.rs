@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use super::Target;
 use super::statistics::{OverSeeds, correlation};
 use crate::error::TrainError;
+use crate::folder;
 use crate::workers::Workers;
 
 /// Tokens of the tree, the last of which ends a completion.
@@ -207,6 +208,7 @@ fn key(reward: &str, learner: &str, pairs: usize, figure: &str) -> String {
 /// Options that do not fit, or anything that goes wrong in training or on the disk.
 pub fn run(options: &IdentificationOptions) -> Result<IdentificationResults, TrainError> {
     options.check()?;
+    let _lock = folder::enter(&options.out)?;
     let seeds = super::of_seeds(
         &options.out,
         &options.seeds,
