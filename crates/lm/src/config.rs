@@ -527,18 +527,14 @@ impl Fields<'_> {
     }
 
     fn number(&self, field: &str, default: Option<f64>) -> Result<f64, LmError> {
+        let expected = "a number that is not below 0";
         let Some(value) = self.get(field) else {
-            return default.ok_or_else(|| self.missing(field, "a number"));
+            return default.ok_or_else(|| self.missing(field, expected));
         };
         value
             .as_f64()
             .filter(|number| number.is_finite() && *number >= 0.0)
-            .ok_or_else(|| {
-                self.error(
-                    field,
-                    format!("expected a number that is not below 0, got {value}"),
-                )
-            })
+            .ok_or_else(|| self.error(field, format!("expected {expected}, got {value}")))
     }
 
     fn flag(&self, field: &str, default: bool) -> Result<bool, LmError> {

@@ -71,12 +71,18 @@ pub fn save(
 ) -> Result<PathBuf, TrainError> {
     let path = folder.join(format!("{}-{:06}", position.stage, position.step));
     write(&path, learner, position, base)?;
-    let mut older = list(folder, &position.stage)?;
+    prune(folder, &position.stage, keep)?;
+    Ok(path)
+}
+
+/// Deletes the oldest checkpoints of a stage beyond `keep`.
+pub(crate) fn prune(folder: &Path, stage: &str, keep: usize) -> Result<(), TrainError> {
+    let mut older = list(folder, stage)?;
     older.truncate(older.len().saturating_sub(keep));
     for (_, old) in older {
         std::fs::remove_dir_all(&old).map_err(TrainError::io(&old))?;
     }
-    Ok(path)
+    Ok(())
 }
 
 /// Saves the best weights of a stage so far, in place of the ones before; `base` as for [`save`].

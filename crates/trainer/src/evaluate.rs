@@ -1,12 +1,13 @@
 //! Judging policies: held-out preferences, and sampled completions under the true reward.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::Tensor;
 use dpo_loss::{Beta, Objectives, position_kls};
 use implicit_reward::token_rewards;
 use lm::data::PreferencePair;
-use lm::{CompletionBatch, Decoding, Generate, Generated, Sampling, Transformer};
+use lm::{CompletionBatch, Generate, Generated, Transformer};
 use memo_task::TokenReward;
 use serde_json::{Map, Value};
 
@@ -201,42 +202,46 @@ pub fn divergences(
     })
 }
 
-/// One completion of each prompt, drawn from the policy, of at most so many tokens.
+/// One completion of each prompt, from the policy, with a bar that bears a label.
+///
+/// Where `stop` becomes true, no batch but the first is begun: the completions of the first prompts
+/// come back, as far as none is missing.
 ///
 /// # Errors
 ///
-/// A prompt that with `max_new_tokens` exceeds the model's longest sequence, or logits from which
+/// A prompt that with the new tokens exceeds the model's longest sequence, or logits from which
 /// nothing can be drawn.
 pub fn sample_completions<P: AsRef<[u32]> + Sync>(
     policy: &Transformer,
     prompts: &[P],
-    (max_new_tokens, sampling): (usize, &Sampling),
-    eos_ids: &[u32],
-    seed: u64,
-    workers: &Workers,
-    label: &str,
+    options: &Generate,
+    (workers, label): (&Workers, &str),
+    stop: Option<&AtomicBool>,
 ) -> Result<Vec<Generated>, TrainError> {
     // Enough rows to keep the cores busy, few enough to keep the cache small.
     const ROWS: usize = 64;
     let progress = Mutex::new(Progress::new(label, "completions", prompts.len(), 0));
     let chunks: Vec<&[P]> = prompts.chunks(ROWS).collect();
     let completions = workers.map(chunks.len(), |index| {
+        if index > 0 && stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+            return None;
+        }
+        let seed = options.seed.wrapping_mul(0x9e37_79b9);
         let options = Generate {
-            max_new_tokens,
-            eos_ids: eos_ids.to_vec(),
-            decoding: Decoding::Sample(*sampling),
-            seed: seed.wrapping_mul(0x9e37_79b9).wrapping_add(index as u64),
+            seed: seed.wrapping_add(index as u64),
+            ..options.clone()
         };
         let completions = policy.generate(chunks[index], &options);
         if let Ok(mut progress) = progress.lock() {
             progress.advance(chunks[index].len(), "");
         }
-        completions
+        Some(completions)
     });
     if let Ok(progress) = progress.into_inner() {
         progress.finish();
     }
-    let completions: Result<Vec<_>, _> = completions.into_iter().collect();
+    let first = completions.into_iter().map_while(|completions| completions);
+    let completions: Result<Vec<_>, _> = first.collect();
     Ok(completions?.concat())
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use judge::Estimate;
-use lm::{Sampling, Transformer};
+use lm::{Decoding, Generate, Sampling, Transformer};
 use report::{
     Card, OutcomeRow, Plot, ReferenceLine, Sample, SampleCompletion, Series, Token, TrainingReport,
 };
@@ -392,17 +392,15 @@ fn samples(
         return Ok(Vec::new());
     }
     let prompts: Vec<&[u32]> = pairs.iter().map(|pair| &pair.prompt_ids[..]).collect();
-    let eos = prepared.tokenizer.eos_ids();
-    let label = "sample for the report";
-    let drawn = sample_completions(
-        policy,
-        &prompts,
-        (SAMPLE_TOKENS, &Sampling::default()),
-        eos,
-        recipe.seed,
-        &Workers::on(&policy.device(), recipe.workers),
-        label,
-    )?;
+    let options = Generate {
+        max_new_tokens: SAMPLE_TOKENS,
+        eos_ids: prepared.tokenizer.eos_ids().to_vec(),
+        decoding: Decoding::Sample(Sampling::default()),
+        seed: recipe.seed,
+    };
+    let workers = Workers::on(&policy.device(), recipe.workers);
+    let on = (&workers, "sample for the report");
+    let drawn = sample_completions(policy, &prompts, &options, on, None)?;
     pairs
         .iter()
         .zip(&drawn)

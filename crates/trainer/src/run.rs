@@ -11,7 +11,9 @@ use dpo_loss::{Contrast, PairTable, TokenLogps, contrastive_weights};
 use lm::data::{PreferencePair, SftExample};
 use lm::files::{write_atomically, write_folder_atomically};
 use lm::tokenizer::Tokenizer;
-use lm::{CompletionBatch, Generated, ParameterInfo, Precision, Sampling, Transformer};
+use lm::{
+    CompletionBatch, Decoding, Generate, Generated, ParameterInfo, Precision, Sampling, Transformer,
+};
 use serde_json::{Map, Value, json};
 
 use crate::cache::{ReferenceCache, model_digest};
@@ -846,6 +848,10 @@ impl Run<'_> {
                 .with_workers(self.workers.clone())
                 .with_devices(&self.devices)
         };
+        if newest.damaged.is_empty() {
+            // A run that was killed right after saving has one more than it keeps.
+            checkpoint::prune(&checkpoints, stage.name, self.recipe.checkpoints.keep)?;
+        }
         for line in newest.damaged {
             eprintln!("warning: {line}; passed over");
         }
@@ -885,10 +891,14 @@ impl Run<'_> {
         };
         let prompts: Vec<&[u32]> = task.prompts.iter().map(|(_, ids)| &ids[..]).collect();
         let seed = self.recipe.seed;
+        let options = Generate {
+            max_new_tokens: numbers.max_new_tokens,
+            eos_ids: vec![task.task.eos_id()],
+            decoding: Decoding::Sample(Sampling::default()),
+            seed,
+        };
         let sample = |model: &Transformer, label: &str| -> Result<Vec<Generated>, TrainError> {
-            let most = (numbers.max_new_tokens, &Sampling::default());
-            let eos = [task.task.eos_id()];
-            sample_completions(model, &prompts, most, &eos, seed, &self.workers, label)
+            sample_completions(model, &prompts, &options, (&self.workers, label), None)
         };
         let sft = sample(reference, "sample from SFT")?;
         let dpo = sample(policy, "sample from DPO")?;

@@ -1,13 +1,14 @@
 //! Completions of prompts, as rows that rewards and judges read.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 
 use burn::tensor::Device;
 use judge::Sample;
 use lm::chat::{ChatTemplate, Message, RenderOptions};
 use lm::tokenizer::Tokenizer;
 use lm::weights::WeightFiles;
-use lm::{AdapterFolder, LmError, ModelConfig, Sampling, Transformer};
+use lm::{AdapterFolder, Decoding, Generate, LmError, ModelConfig, Sampling, Transformer};
 use memo_task::{MemoConfig, MemoTask, Split};
 use serde::Deserialize;
 use serde_json::Value;
@@ -218,7 +219,9 @@ pub struct SampleOptions {
 
 /// `n` completions of each prompt, those of one prompt side by side.
 ///
-/// Each row holds `finished`, `n_tokens` and `completion_ids` beside its text.
+/// Each row holds `finished`, `n_tokens` and `completion_ids` beside its text. The work is done by `on`,
+/// with a bar that bears a label; where `stop` becomes true, it ends at the batches at hand, and the
+/// first prompts come back with all their completions.
 ///
 /// # Errors
 ///
@@ -228,8 +231,8 @@ pub fn sample_prompts(
     policy: &Policy,
     prompts: &Prompts,
     options: &SampleOptions,
-    workers: &Workers,
-    label: &str,
+    on: (&Workers, &str),
+    stop: Option<&AtomicBool>,
 ) -> Result<Vec<Sample>, TrainError> {
     // Of all prompts before the first is drawn from, so that nothing drawn is lost.
     policy
@@ -241,23 +244,23 @@ pub fn sample_prompts(
         .iter()
         .flat_map(|ids| std::iter::repeat_n(&ids[..], options.n))
         .collect();
-    let eos = policy.tokenizer.eos_ids();
-    let drawn = sample_completions(
-        &policy.model,
-        &repeated,
-        (options.max_new_tokens, &options.sampling),
-        eos,
-        options.seed,
-        workers,
-        label,
-    )
-    .map_err(|error| match error {
-        TrainError::Model(LmError::Logits { .. }) => TrainError::Policy {
-            path: policy.folder.clone(),
-            reason: error.to_string(),
-        },
-        other => other,
-    })?;
+    let generate = Generate {
+        max_new_tokens: options.max_new_tokens,
+        eos_ids: policy.tokenizer.eos_ids().to_vec(),
+        decoding: Decoding::Sample(options.sampling),
+        seed: options.seed,
+    };
+    let mut drawn =
+        sample_completions(&policy.model, &repeated, &generate, on, stop).map_err(|error| {
+            match error {
+                TrainError::Model(LmError::Logits { .. }) => TrainError::Policy {
+                    path: policy.folder.clone(),
+                    reason: error.to_string(),
+                },
+                other => other,
+            }
+        })?;
+    drawn.truncate(drawn.len() / options.n * options.n);
     drawn
         .into_iter()
         .enumerate()

@@ -99,6 +99,45 @@ fn samples_are_scored_labelled_and_trained_on() {
     assert!(said.contains("is there already"), "{said}");
 }
 
+#[cfg(unix)]
+#[test]
+fn interrupted_sampling_writes_the_prompts_that_are_done() {
+    use std::process::{Command, Stdio};
+
+    let folder = tempfile::tempdir().unwrap();
+    let command = |prompts: &str, name: &str| {
+        let mut command = r2q();
+        command.args(["sample", "--memo-prompts", prompts, "--n", "3"]);
+        command.args(["--max-new-tokens", "8", "--policy"]);
+        command.arg(run().join("model"));
+        command.arg("--out").arg(folder.path().join(name));
+        command
+    };
+    let mut begun = command("65536", "begun.jsonl");
+    let mut child = begun.stderr(Stdio::piped()).spawn().unwrap();
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    assert!(line.starts_with("sample: 196608 completions"), "{line}");
+    // Ctrl-C; the first batch is drawn in any case.
+    let id = child.id().to_string();
+    succeed(Command::new("kill").args(["-INT", &id]));
+    let mut rest = String::new();
+    said.read_to_string(&mut rest).unwrap();
+    assert!(child.wait().unwrap().success(), "{rest}");
+    assert!(rest.contains("stopped: the first"), "{rest}");
+    let begun = rows(&folder.path().join("begun.jsonl"));
+    assert!(
+        begun.len().is_multiple_of(3) && begun.len() < 196_608,
+        "{}",
+        begun.len()
+    );
+    // They are what they would have been: a batch is 64 completions, so 21 prompts of it.
+    succeed(&mut command("22", "few.jsonl"));
+    let few = rows(&folder.path().join("few.jsonl"));
+    assert_eq!(begun[..63], few[..63]);
+}
+
 fn command_again(samples: &Path, out: &Path) -> std::process::Command {
     let mut command = r2q();
     command.args(["prefer", "--judge", "memo"]);

@@ -495,6 +495,19 @@ fn nothing_can_be_resumed_where_nothing_was_begun() {
 }
 
 #[test]
+fn a_checkpoint_too_many_goes_when_the_run_goes_on() {
+    let (_folder, recipe, out) = nearly_finished();
+    let checkpoints = out.join("checkpoints");
+    // Killed between saving the last and deleting the oldest.
+    copy(
+        &checkpoints.join("preference-000020"),
+        &checkpoints.join("preference-000010"),
+    );
+    resume(&recipe, &out);
+    assert_same(&out);
+}
+
+#[test]
 fn a_checkpoint_of_the_task_is_a_model_to_begin_with() {
     let checkpoints = unbroken().join("checkpoints");
     let stage = names(&checkpoints);

@@ -199,7 +199,7 @@ impl EvalArgs {
             let prompts = self.prompts.read(&policy.tokenizer, &options)?;
             let workers = Workers::on(&policy.model.device(), self.sampling.workers);
             let label = format!("sample from {}", side.to_uppercase());
-            sample_prompts(&policy, &prompts, &options, &workers, &label)?
+            sample_prompts(&policy, &prompts, &options, (&workers, &label), None)?
         };
         write_rows(&kept, &samples)?;
         Ok(samples)

@@ -9,6 +9,7 @@ mod search;
 
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -279,6 +280,21 @@ pub(crate) fn check_count(
         bail!("{flag}: expected at most {most}, got {count}");
     }
     Ok(())
+}
+
+/// What Ctrl-C sets from now on, so that what is there can be written; a second one ends the program.
+fn stop_on_ctrl_c() -> anyhow::Result<&'static AtomicBool> {
+    /// What a shell reports of a program that SIGINT ended.
+    const INTERRUPTED: i32 = 130;
+    static STOPPED: AtomicBool = AtomicBool::new(false);
+    ctrlc::set_handler(|| {
+        // Who asks twice does not want to wait for the batch at hand.
+        if STOPPED.swap(true, Ordering::Relaxed) {
+            std::process::exit(INTERRUPTED);
+        }
+    })
+    .context("Ctrl-C")?;
+    Ok(&STOPPED)
 }
 
 /// Runs work that tells how far it is, with a bar.

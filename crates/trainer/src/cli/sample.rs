@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
+use anyhow::bail;
 use clap::Args;
 use trainer::{Policy, Workers, device, sample_prompts};
 
-use super::{PromptArgs, SamplingArgs, check_new, mean_tokens, write_rows};
+use super::{PromptArgs, SamplingArgs, check_new, mean_tokens, stop_on_ctrl_c, write_rows};
 
 /// What `sample` takes.
 #[derive(Debug, Args)]
@@ -33,12 +34,19 @@ impl SampleArgs {
         let policy = Policy::read(&self.policy, &device(&self.sampling.device)?)?;
         let prompts = self.prompts.read(&policy.tokenizer, &options)?;
         let workers = Workers::on(&policy.model.device(), self.sampling.workers);
-        let samples = sample_prompts(&policy, &prompts, &options, &workers, "sample")?;
+        let stop = Some(stop_on_ctrl_c()?);
+        let samples = sample_prompts(&policy, &prompts, &options, (&workers, "sample"), stop)?;
+        let (n_sampled, n_prompts) = (samples.len() / options.n, prompts.texts.len());
+        if samples.is_empty() {
+            bail!("stopped before all completions of a prompt were there; nothing is written");
+        }
         write_rows(&self.out, &samples)?;
+        if n_sampled < n_prompts {
+            eprintln!("stopped: the first {n_sampled} of {n_prompts} prompts are written");
+        }
         eprintln!(
-            "{} completions of {} prompts, {:.1} tokens in the mean: {}",
+            "{} completions of {n_sampled} prompts, {:.1} tokens in the mean: {}",
             samples.len(),
-            prompts.texts.len(),
             mean_tokens(&samples),
             self.out.display()
         );

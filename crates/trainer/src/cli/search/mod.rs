@@ -3,7 +3,7 @@
 mod plan;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use anyhow::{Context, bail};
 use burn::tensor::Device;
@@ -16,13 +16,8 @@ use search::{Budget, Constraints, PrefixModel, ProxyTuned, Request, Score, Searc
 use serde_json::{Value, json};
 use trainer::{Policy, PromptSource, Prompts, device};
 
-use super::{check_new_folder, write_rows};
+use super::{check_new_folder, stop_on_ctrl_c, write_rows};
 use plan::{Algorithm, BackupName, ScoreName, Stopping};
-
-/// Set by Ctrl-C: the search at hand returns its best so far, and no further one begins.
-static CANCELLED: AtomicBool = AtomicBool::new(false);
-/// What a shell reports of a program that SIGINT ended.
-const INTERRUPTED: i32 = 130;
 
 /// What `search` takes.
 #[derive(Debug, Args)]
@@ -207,18 +202,13 @@ impl SearchArgs {
             .iter()
             .map(|text| policy.tokenizer.encode_plain(text));
         let stop = stop.collect::<Result<Vec<_>, _>>()?;
-        ctrlc::set_handler(|| {
-            // Who asks twice does not want to wait for the batch at hand.
-            if CANCELLED.swap(true, Ordering::Relaxed) {
-                std::process::exit(INTERRUPTED);
-            }
-        })
-        .context("Ctrl-C")?;
+        // The search at hand returns its best so far, and no further one begins.
+        let cancelled = stop_on_ctrl_c()?;
         eprintln!("searching, prompts: {}", prompts.texts.len());
         let (mut rows, mut pages) = (Vec::new(), Vec::new());
         let (mut seconds, mut states) = (0.0, 0);
         for (number, (text, ids)) in prompts.texts.iter().zip(&prompts.ids).enumerate() {
-            if number > 0 && CANCELLED.load(Ordering::Relaxed) {
+            if number > 0 && cancelled.load(Ordering::Relaxed) {
                 break;
             }
             let request = Request {
@@ -242,7 +232,7 @@ impl SearchArgs {
                     simulations: None,
                     seconds: self.budget_seconds,
                 },
-                cancel: Some(&CANCELLED),
+                cancel: Some(cancelled),
                 keep_tree: number < self.page_trees,
                 ..Request::new(&ids[..], policy.tokenizer.eos_ids(), self.max_new_tokens)
             };
@@ -280,7 +270,7 @@ impl SearchArgs {
         );
         let subtitle = self.subtitle();
         report::write_atomically(&page, &search_page(&title, &subtitle, &cards, &pages))?;
-        if CANCELLED.load(Ordering::Relaxed) {
+        if cancelled.load(Ordering::Relaxed) {
             eprintln!("stopped: the best found so far is written");
         }
         eprintln!(

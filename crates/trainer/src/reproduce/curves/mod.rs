@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use dpo_loss::Beta;
 use lm::data::PreferencePair;
-use lm::{CompletionBatch, Sampling, Transformer};
+use lm::{CompletionBatch, Decoding, Generate, Sampling, Transformer};
 use memo_task::Split;
 use serde::{Deserialize, Serialize};
 
@@ -438,15 +438,14 @@ impl Fresh<'_> {
             .task
             .as_ref()
             .map_or(0, |task| task.max_new_tokens);
-        let samples = sample_completions(
-            policy,
-            &prompts,
-            (max_new, &Sampling::default()),
-            &[task.task.eos_id()],
-            self.recipe.seed,
-            self.workers,
-            "samples",
-        )?;
+        let options = Generate {
+            max_new_tokens: max_new,
+            eos_ids: vec![task.task.eos_id()],
+            decoding: Decoding::Sample(Sampling::default()),
+            seed: self.recipe.seed,
+        };
+        let on = (self.workers, "samples");
+        let samples = sample_completions(policy, &prompts, &options, on, None)?;
         let drawn: Texts<'_> = prompts
             .iter()
             .zip(&samples)
