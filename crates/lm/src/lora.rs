@@ -324,6 +324,15 @@ impl AdapterFolder {
         folder.join(CONFIG_FILE).is_file()
     }
 
+    /// Opens the matrices of an adapter's folder.
+    ///
+    /// # Errors
+    ///
+    /// A file that is missing or malformed.
+    pub fn open_weights(folder: &Path) -> Result<WeightFiles, LmError> {
+        WeightFiles::open_file(&folder.join(WEIGHTS_FILE))
+    }
+
     /// Reads the settings of an adapter's folder.
     ///
     /// # Errors
@@ -538,7 +547,7 @@ impl Transformer {
             LmError::Request(reason) => LmError::config(&path, "target_modules", reason),
             other => other,
         })?;
-        let files = WeightFiles::open_file(&folder.join(WEIGHTS_FILE))?;
+        let files = AdapterFolder::open_weights(folder)?;
         let expected: Vec<String> = layers
             .iter()
             .flat_map(|layer| pair_of(layer, lora.rank).map(|(_, _, name)| name))

@@ -9,7 +9,7 @@ use crate::error::TrainError;
 
 /// Whether a folder holds nothing, or there is none.
 ///
-/// What a killed process was writing does not count, nor what file browsers keep.
+/// What a killed process was writing does not count, nor the `.DS_Store` of macOS.
 ///
 /// # Errors
 ///
@@ -56,13 +56,19 @@ pub(crate) fn check_empty(folder: &Path, advice: &str) -> Result<(), TrainError>
 ///
 /// Another process at work in the folder, or any error of the file system.
 pub fn enter(folder: &Path) -> Result<Option<File>, TrainError> {
+    let lock = lock(folder)?;
+    clean(folder)?;
+    Ok(lock)
+}
+
+/// [`enter`], but removes nothing.
+pub(crate) fn lock(folder: &Path) -> Result<Option<File>, TrainError> {
     std::fs::create_dir_all(folder).map_err(TrainError::io(folder))?;
     // Windows opens no folder as a file.
     let lock = File::open(folder).ok();
     if let Some(file) = &lock {
         check_alone(folder, file)?;
     }
-    clean(folder)?;
     Ok(lock)
 }
 

@@ -242,7 +242,7 @@ fn begin_folder(
     inputs: &str,
     resume: bool,
 ) -> Result<[Option<File>; 2], TrainError> {
-    let other_commands = folder::enter(folder)?;
+    let other_commands = folder::lock(folder)?;
     let refuse = |reason: &str| {
         Err(TrainError::RunFolder {
             path: folder.to_path_buf(),
@@ -259,6 +259,7 @@ fn begin_folder(
     // The file as well as the folder, which cannot be locked everywhere.
     folder::check_alone(folder, &lock)?;
     check_folder(folder, resolved, resume)?;
+    folder::clean(folder)?;
     folder::clean(&folder.join(names::CHECKPOINTS))?;
     let mut old = String::new();
     lock.read_to_string(&mut old)

@@ -56,17 +56,21 @@ pub(crate) fn tokenizer_of(folder: &Path, base: Option<&Path>) -> Result<Tokeniz
     Ok(Tokenizer::from_folder(holder)?)
 }
 
-/// What a policy's folder says of the model and its tokenizer, without its weights, whose files are
-/// there.
+/// What a policy's folder says of the model and its tokenizer; its weights are not read, but their
+/// files are opened.
 ///
 /// # Errors
 ///
-/// As [`Policy::read`], but for the weights themselves.
+/// A file that is missing or malformed. Weights that do not fit the model are left to
+/// [`Policy::read`].
 pub fn policy_shape(folder: &Path) -> Result<(ModelConfig, Tokenizer), TrainError> {
     let base = base_of_adapter(folder)?;
     let model = base.as_deref().unwrap_or(folder);
     let config = ModelConfig::read(model)?;
     WeightFiles::open(model)?;
+    if base.is_some() {
+        AdapterFolder::open_weights(folder)?;
+    }
     Ok((config, tokenizer_of(folder, base.as_deref())?))
 }
 
@@ -260,7 +264,7 @@ pub fn sample_prompts(
                 other => other,
             }
         })?;
-    drawn.truncate(drawn.len() / options.n * options.n);
+    drawn.truncate(drawn.len() / options.n.max(1) * options.n);
     drawn
         .into_iter()
         .enumerate()

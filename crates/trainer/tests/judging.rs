@@ -422,6 +422,13 @@ fn settings_are_checked_before_a_judge_is_asked() {
     let empty = write(folder.path(), "empty.jsonl", "\n");
     let unweighted = copy_of_model(folder.path(), "unweighted");
     std::fs::remove_file(unweighted.join("model.safetensors")).unwrap();
+    let unadapted = folder.path().join("unadapted");
+    std::fs::create_dir(&unadapted).unwrap();
+    let settings = serde_json::json!({
+        "peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"],
+        "base_model_name_or_path": run().join("model"),
+    });
+    write(&unadapted, "adapter_config.json", settings.to_string());
     for made in [false, true] {
         if made {
             std::fs::create_dir(&out).unwrap();
@@ -430,9 +437,10 @@ fn settings_are_checked_before_a_judge_is_asked() {
             (folder.path(), "4", "config.json"),
             (&run().join("model"), "nowhere.jsonl", "nowhere.jsonl: "),
             (&empty, "4", "expected at least one completion"),
-            // Its weights are not there; its prompts are others; its weights are no numbers.
+            // Weights that are not there, of a model and of adapters; other prompts than A's.
             (&unweighted, "4", "safetensors"),
-            (&run().join("model"), "4", "prompt"),
+            (&unadapted, "4", "adapter_model.safetensors"),
+            (&run().join("model"), "4", "cannot be paired"),
         ] {
             let mut command = eval(b);
             let flag = match prompts {

@@ -528,6 +528,8 @@ fn a_checkpoint_of_the_task_is_a_model_to_begin_with() {
 #[test]
 fn two_processes_are_never_at_work_in_one_folder() {
     let (_folder, recipe, out) = nearly_finished();
+    // What the other one is writing is left alone.
+    std::fs::write(out.join(".tmp-other"), "half").unwrap();
     let before = contents(&out);
     // Another run has locked the file, any other command the folder.
     for locked in [out.join("inputs.sha256"), out.clone()] {

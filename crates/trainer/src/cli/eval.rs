@@ -57,9 +57,10 @@ impl EvalArgs {
         self.judge.check()?;
         self.check_folder()?;
         // The cheap things first: what is wrong with B should not cost the sampling from A.
-        let a = self.expected(&self.policy_a, "a")?;
-        let b = self.expected(&self.policy_b, "b")?;
-        pair_samples(&a, &b)?;
+        pair_samples(
+            &self.expected(&self.policy_a, "a")?,
+            &self.expected(&self.policy_b, "b")?,
+        )?;
         let is_new = !self.out.exists();
         let _lock = folder::enter(&self.out)?;
         // Another process may have been at work in it since.
@@ -103,7 +104,7 @@ impl EvalArgs {
     }
 
     /// The completions of a side, as far as they are there, and their prompts else: what they are
-    /// paired by. Whatever can be wrong with a policy is told, but for its weights' values.
+    /// paired by. What is wrong with a policy is told, unless it is that its weights do not fit.
     fn expected(&self, policy: &Path, side: &str) -> anyhow::Result<Vec<Sample>> {
         if self.is_kept(side) {
             return read_samples(&self.samples_file(side));

@@ -71,11 +71,16 @@ fn check_out(out: &Path) -> Result<(), TrainError> {
 
 /// The seed whose folder has this name.
 fn seed_of(name: &str) -> Option<u64> {
-    name.strip_prefix("seed-")?.parse().ok()
+    let seed = name.strip_prefix("seed-")?.parse().ok()?;
+    (name == name_of(seed)).then_some(seed)
+}
+
+fn name_of(seed: u64) -> String {
+    format!("seed-{seed}")
 }
 
 fn folder_of(out: &Path, seed: u64) -> PathBuf {
-    out.join(format!("seed-{seed}"))
+    out.join(name_of(seed))
 }
 
 /// Name of a seed's result in its folder.
@@ -149,8 +154,9 @@ fn found<T: OfSeed>(folder: &Path, settings: &str) -> Result<Option<T>, TrainErr
     let Some(bytes) = read(&path)? else {
         let begun = folder.join(SETTINGS);
         let other = read(&begun)?.is_some_and(|old| old != settings.as_bytes());
-        // A seed that left nothing else was hardly begun.
-        if other && folder::names(folder)? != [SETTINGS] {
+        // Data alone are made anew; only what was computed lies in folders.
+        let names = folder::names(folder)?;
+        if other && names.iter().any(|name| folder.join(name).is_dir()) {
             return refuse(&begun, format!("was begun {others}"));
         }
         return Ok(None);
@@ -162,7 +168,7 @@ fn found<T: OfSeed>(folder: &Path, settings: &str) -> Result<Option<T>, TrainErr
             &path,
             format!(
                 "is no result of this experiment as it is now ({error}); give --out another \
-                 folder, or remove it"
+                 folder, or remove that file"
             ),
         ),
     }
