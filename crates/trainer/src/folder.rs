@@ -7,18 +7,9 @@ use std::path::Path;
 
 use crate::error::TrainError;
 
-/// Whether a folder holds nothing, or there is none.
+/// Names of what a folder holds; none where there is no folder.
 ///
 /// What a killed process was writing does not count, nor the `.DS_Store` of macOS.
-///
-/// # Errors
-///
-/// A folder that cannot be read, or a file in its place.
-pub fn is_empty(folder: &Path) -> Result<bool, TrainError> {
-    Ok(names(folder)?.is_empty())
-}
-
-/// Names of what a folder holds and [`is_empty`] counts; none where there is no folder.
 pub(crate) fn names(folder: &Path) -> Result<Vec<String>, TrainError> {
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -36,8 +27,14 @@ pub(crate) fn names(folder: &Path) -> Result<Vec<String>, TrainError> {
 }
 
 /// Refuses a folder that holds something already; `advice` says what else to do.
-pub(crate) fn check_empty(folder: &Path, advice: &str) -> Result<(), TrainError> {
-    if is_empty(folder)? {
+///
+/// What a killed process was writing does not count, nor the `.DS_Store` of macOS.
+///
+/// # Errors
+///
+/// Such a folder, one that cannot be read, or a file in its place.
+pub fn check_empty(folder: &Path, advice: &str) -> Result<(), TrainError> {
+    if names(folder)?.is_empty() {
         return Ok(());
     }
     Err(TrainError::RunFolder {
@@ -122,6 +119,7 @@ mod tests {
     fn one_process_at_a_time_and_what_another_left_is_removed() {
         let folder = tempfile::tempdir().unwrap();
         let folder = folder.path().join("scores");
+        let is_empty = |folder: &Path| names(folder).map(|names| names.is_empty());
         assert!(is_empty(&folder).unwrap());
         let lock = enter(&folder).unwrap();
         for (name, left) in [(".tmp-1", false), (".DS_Store", true)] {

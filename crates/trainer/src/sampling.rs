@@ -50,7 +50,7 @@ impl Policy {
 
 /// The tokenizer of a policy's folder; that of the model below, where adapters come without one, as
 /// those of checkpoints do.
-pub(crate) fn tokenizer_of(folder: &Path, base: Option<&Path>) -> Result<Tokenizer, TrainError> {
+fn tokenizer_of(folder: &Path, base: Option<&Path>) -> Result<Tokenizer, TrainError> {
     let own = folder.join("tokenizer.json").exists();
     let holder = base.filter(|_| !own).unwrap_or(folder);
     Ok(Tokenizer::from_folder(holder)?)

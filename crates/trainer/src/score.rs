@@ -25,7 +25,7 @@ use crate::folder;
 use crate::prepare::same_tokens;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::sampling::{Policy, base_of_adapter, tokenizer_of};
+use crate::sampling::{Policy, policy_shape};
 use crate::workers::Workers;
 
 use read::Models;
@@ -252,8 +252,7 @@ fn score_file(options: &ScoreOptions) -> Result<ScoreOutcome, TrainError> {
 
 /// The cheap things first: a wrong path should not cost the reading of a model.
 fn prepare(options: &ScoreOptions) -> Result<(Encoder, Beta, ModelConfig), TrainError> {
-    let base = base_of_adapter(&options.policy)?;
-    let config = ModelConfig::read(base.as_ref().unwrap_or(&options.policy))?;
+    let (config, tokenizer) = policy_shape(&options.policy)?;
     let reference = ModelConfig::read(&options.reference)?;
     let differ = |reason: String| TrainError::Score {
         place: options.reference.display().to_string(),
@@ -265,7 +264,6 @@ fn prepare(options: &ScoreOptions) -> Result<(Encoder, Beta, ModelConfig), Train
             config.vocab_size, reference.vocab_size
         )));
     }
-    let tokenizer = tokenizer_of(&options.policy, base.as_deref())?;
     let theirs = Tokenizer::from_folder(&options.reference)?;
     same_tokens("the policy", &tokenizer, &theirs).map_err(differ)?;
     let window = config.max_positions.min(reference.max_positions);

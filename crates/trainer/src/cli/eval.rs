@@ -1,5 +1,6 @@
 //! `r2q eval`: one policy against another.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -10,7 +11,7 @@ use judge::{
 };
 use report::{Card, OutcomeRow, SampleCompletion, Token, TrainingReport};
 use serde::Serialize;
-use trainer::{Policy, Workers, device, folder, policy_shape, sample_prompts};
+use trainer::{Policy, Prompts, Workers, device, folder, policy_shape, sample_prompts};
 
 use super::{
     JudgeArgs, PromptArgs, Referee, SamplingArgs, read_samples, with_progress, write_rows,
@@ -52,20 +53,41 @@ struct JudgedPair<'a> {
     judgement: &'a Judgement,
 }
 
+/// What an evaluation has of a side before it samples.
+enum Side {
+    /// Its completions.
+    There(Vec<Sample>),
+    /// Prompts, in the policy's tokens.
+    ToSample(Prompts),
+}
+
+impl Side {
+    /// Completions, empty ones where they are still to be sampled: prompts are what they pair by.
+    fn to_pair(&self, n: usize) -> Cow<'_, [Sample]> {
+        match self {
+            Self::There(samples) => Cow::Borrowed(samples),
+            Self::ToSample(prompts) => {
+                let samples = prompts.texts.iter().map(|prompt| Sample::new(prompt, ""));
+                let all = samples.flat_map(|sample| std::iter::repeat_n(sample, n));
+                Cow::Owned(all.collect())
+            }
+        }
+    }
+}
+
 impl EvalArgs {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         self.judge.check()?;
         self.check_folder()?;
         // The cheap things first: what is wrong with B should not cost the sampling from A.
-        pair_samples(
-            &self.expected(&self.policy_a, "a")?,
-            &self.expected(&self.policy_b, "b")?,
-        )?;
+        let a = self.side(&self.policy_a, "a")?;
+        let b = self.side(&self.policy_b, "b")?;
+        pair_samples(&a.to_pair(self.n), &b.to_pair(self.n))?;
         let is_new = !self.out.exists();
         let _lock = folder::enter(&self.out)?;
         // Another process may have been at work in it since.
         self.check_folder()?;
-        let done = self.evaluate();
+        let done = self.evaluate(a, b);
         if done.is_err() && !self.resume && !self.samples_file("a").is_file() {
             // Nothing is lost, and the next attempt may have other settings.
             std::fs::remove_file(self.settings_file()).ok();
@@ -94,20 +116,17 @@ impl EvalArgs {
                     begun.display()
                 );
             }
-        } else if !folder::is_empty(out)? {
-            bail!(
-                "{}: not empty; give --resume to go on, or --out another folder",
-                out.display()
-            );
+        } else {
+            folder::check_empty(out, "give --resume to go on, or --out another folder")?;
         }
         Ok(())
     }
 
-    /// The completions of a side, as far as they are there, and their prompts else: what they are
-    /// paired by. What is wrong with a policy is told, unless it is that its weights do not fit.
-    fn expected(&self, policy: &Path, side: &str) -> anyhow::Result<Vec<Sample>> {
+    /// What a side begins with. What is wrong with a policy is told, unless it is that its weights do
+    /// not fit.
+    fn side(&self, policy: &Path, side: &str) -> anyhow::Result<Side> {
         if self.is_kept(side) {
-            return read_samples(&self.samples_file(side));
+            return Ok(Side::There(read_samples(&self.samples_file(side))?));
         }
         if !policy.exists() {
             bail!(
@@ -116,7 +135,7 @@ impl EvalArgs {
             );
         }
         if policy.is_file() {
-            return read_samples(policy);
+            return Ok(Side::There(read_samples(policy)?));
         }
         let options = self.sampling.options(self.n)?;
         self.prompts.source(&options)?;
@@ -126,13 +145,10 @@ impl EvalArgs {
         config
             .check_prompts(&prompts.ids, options.max_new_tokens)
             .with_context(|| policy.display().to_string())?;
-        let samples = prompts.texts.iter().map(|prompt| Sample::new(prompt, ""));
-        Ok(samples
-            .flat_map(|sample| std::iter::repeat_n(sample, options.n))
-            .collect())
+        Ok(Side::ToSample(prompts))
     }
 
-    fn evaluate(&self) -> anyhow::Result<()> {
+    fn evaluate(&self, a: Side, b: Side) -> anyhow::Result<()> {
         // Who judges is settled before anything is sampled.
         let judge: Box<dyn Judge> = match self.judge.referee(&self.answers_file())? {
             Referee::Reward(reward) => {
@@ -146,8 +162,8 @@ impl EvalArgs {
             std::io::Write::write_all(file, self.settings().as_bytes())
         })
         .with_context(|| begun.display().to_string())?;
-        let a = self.samples(&self.policy_a, "a")?;
-        let b = self.samples(&self.policy_b, "b")?;
+        let a = self.samples(a, &self.policy_a, "a")?;
+        let b = self.samples(b, &self.policy_b, "b")?;
         let outcome = self.judged(&a, &b, &*judge)?;
         if outcome.errors > 0 {
             bail!(
@@ -187,22 +203,19 @@ impl EvalArgs {
     }
 
     /// The completions of a side: read, or sampled and kept.
-    fn samples(&self, policy: &Path, side: &str) -> anyhow::Result<Vec<Sample>> {
-        let kept = self.samples_file(side);
-        if self.is_kept(side) {
-            return read_samples(&kept);
-        }
-        let samples = if policy.is_file() {
-            read_samples(policy)?
-        } else {
-            let options = self.sampling.options(self.n)?;
-            let policy = Policy::read(policy, &device(&self.sampling.device)?)?;
-            let prompts = self.prompts.read(&policy.tokenizer, &options)?;
-            let workers = Workers::on(&policy.model.device(), self.sampling.workers);
-            let label = format!("sample from {}", side.to_uppercase());
-            sample_prompts(&policy, &prompts, &options, (&workers, &label), None)?
+    fn samples(&self, found: Side, policy: &Path, side: &str) -> anyhow::Result<Vec<Sample>> {
+        let samples = match found {
+            Side::There(samples) if self.is_kept(side) => return Ok(samples),
+            Side::There(samples) => samples,
+            Side::ToSample(prompts) => {
+                let options = self.sampling.options(self.n)?;
+                let policy = Policy::read(policy, &device(&self.sampling.device)?)?;
+                let workers = Workers::on(&policy.model.device(), self.sampling.workers);
+                let label = format!("sample from {}", side.to_uppercase());
+                sample_prompts(&policy, &prompts, &options, (&workers, &label), None)?
+            }
         };
-        write_rows(&kept, &samples)?;
+        write_rows(&self.samples_file(side), &samples)?;
         Ok(samples)
     }
 

@@ -245,9 +245,7 @@ fn check_new(path: &Path) -> anyhow::Result<()> {
 
 /// Refuses to write into a folder that holds something, and to work for one that could not be made.
 fn check_new_folder(path: &Path) -> anyhow::Result<()> {
-    if !folder::is_empty(path)? {
-        bail!("{}: not empty; give --out another folder", path.display());
-    }
+    folder::check_empty(path, "give --out another folder")?;
     // In the folder, or in the nearest above it that is there.
     lm::files::check_writable(&path.join("report.html")).with_context(|| path.display().to_string())
 }
