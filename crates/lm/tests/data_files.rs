@@ -6,11 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::{
-    ArrayRef, Float64Array, ListBuilder, StringArray, StringBuilder, StructBuilder,
-};
-use arrow::datatypes::{DataType, Field};
-use arrow::record_batch::RecordBatch;
+use arrow_array::builder::{ListBuilder, StringBuilder, StructBuilder};
+use arrow_array::{ArrayRef, Float64Array, RecordBatch, StringArray};
+use arrow_schema::{DataType, Field};
 use lm::chat::{ChatError, ChatTemplate, Message, RenderOptions};
 use lm::data::{
     Boundary, Content, DataError, DropReason, EmptyCompletions, Format, PreferenceRow, RowReader,
@@ -240,6 +238,33 @@ fn an_empty_completion_is_refused_dropped_or_kept() {
     assert_eq!(dropped.report.dropped[&DropReason::EmptyCompletion], 1);
     let kept = tokenize_pairs(&rows, &tokenizer, None, &with(EmptyCompletions::Keep)).unwrap();
     assert_eq!(kept.examples[1].rejected_ids, [tokenizer.eos_id().unwrap()]);
+    // Where no token is predicted by another there is nothing to keep.
+    let rows = [
+        PreferenceRow::from_text("pairs.jsonl", 0, "", "", ""),
+        PreferenceRow::from_text("pairs.jsonl", 1, "", "", "b b"),
+    ];
+    let kept = tokenize_pairs(&rows, &tokenizer, None, &with(EmptyCompletions::Keep)).unwrap();
+    assert_eq!(kept.examples.len(), 1);
+    let error = tokenize_pairs(&rows, &tokenizer, None, &options()).unwrap_err();
+    assert!(
+        error.to_string().contains("row 1: column `chosen`"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_text_of_one_token_is_an_empty_one() {
+    let tokenizer = tokenizer();
+    let scratch = Scratch::new();
+    let eos = tokenizer.eos_text().unwrap();
+    let path = scratch.0.path().join("texts.jsonl");
+    fs::write(&path, json!({ "text": eos }).to_string()).unwrap();
+    let rows: Vec<SftRow> = read_sft(&path).unwrap().map(Result::unwrap).collect();
+    let error = tokenize_sft(&rows, &tokenizer, None, &options()).unwrap_err();
+    assert!(
+        matches!(error, DataError::EmptyCompletion { .. }),
+        "{error}"
+    );
 }
 
 #[test]

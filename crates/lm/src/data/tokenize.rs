@@ -93,7 +93,7 @@ pub struct PreferencePair {
     pub chosen_ids: Vec<u32>,
     /// Tokens of the dispreferred completion.
     pub rejected_ids: Vec<u32>,
-    /// Index of the row among those given.
+    /// The row's [`Location::row`].
     pub row: usize,
 }
 
@@ -104,7 +104,7 @@ pub struct SftExample {
     pub prompt_ids: Vec<u32>,
     /// Tokens that are learned.
     pub completion_ids: Vec<u32>,
-    /// Index of the row among those given.
+    /// The row's [`Location::row`].
     pub row: usize,
 }
 
@@ -117,7 +117,7 @@ pub struct LabelledExample {
     pub completion_ids: Vec<u32>,
     /// Whether the completion is a desirable one.
     pub desirable: bool,
-    /// Index of the row among those given.
+    /// The row's [`Location::row`].
     pub row: usize,
 }
 
@@ -177,8 +177,8 @@ pub fn tokenize_pairs_observed(
     options: &TokenizeOptions,
     observe: &(dyn Fn() + Sync),
 ) -> Result<Tokenized<PreferencePair>, DataError> {
-    run(rows, observe, |i, row, report| {
-        tokenize_pair(i, row, tokenizer, template, options, report)
+    run(rows, observe, |row, report| {
+        tokenize_pair(row.location.row, row, tokenizer, template, options, report)
     })
 }
 
@@ -233,7 +233,7 @@ pub fn tokenize_sft(
     template: Option<&ChatTemplate>,
     options: &TokenizeOptions,
 ) -> Result<Tokenized<SftExample>, DataError> {
-    run(rows, &|| (), |index, row, report| {
+    run(rows, &|| (), |row, report| {
         let encoder = Encoder {
             location: &row.location,
             tools: row.tools.as_deref(),
@@ -251,7 +251,7 @@ pub fn tokenize_sft(
         Ok(found.map(|(prompt_ids, completion_ids)| SftExample {
             prompt_ids,
             completion_ids,
-            row: index,
+            row: row.location.row,
         }))
     })
 }
@@ -267,7 +267,7 @@ pub fn tokenize_labelled(
     template: Option<&ChatTemplate>,
     options: &TokenizeOptions,
 ) -> Result<Tokenized<LabelledExample>, DataError> {
-    run(rows, &|| (), |index, row, report| {
+    run(rows, &|| (), |row, report| {
         let encoder = Encoder {
             location: &row.location,
             tools: row.tools.as_deref(),
@@ -281,7 +281,7 @@ pub fn tokenize_labelled(
             prompt_ids,
             completion_ids,
             desirable: row.desirable,
-            row: index,
+            row: row.location.row,
         }))
     })
 }
@@ -289,14 +289,13 @@ pub fn tokenize_labelled(
 fn run<R: Sync, T: Send>(
     rows: &[R],
     observe: &(dyn Fn() + Sync),
-    one: impl Fn(usize, &R, &mut DataReport) -> Result<Option<T>, DataError> + Sync,
+    one: impl Fn(&R, &mut DataReport) -> Result<Option<T>, DataError> + Sync,
 ) -> Result<Tokenized<T>, DataError> {
     let outcomes: Vec<_> = rows
         .par_iter()
-        .enumerate()
-        .map(|(i, row)| {
+        .map(|row| {
             let mut report = DataReport::default();
-            let outcome = one(i, row, &mut report).map(|example| (example, report));
+            let outcome = one(row, &mut report).map(|example| (example, report));
             observe();
             outcome
         })
@@ -355,6 +354,10 @@ impl Encoder<'_> {
             if ids.is_empty() {
                 return self.empty(column, report).map(|()| None);
             }
+        }
+        // Behind no prompt the first token is predicted from nothing, so that no token is left.
+        if prompt_ids.is_empty() && completions.iter().all(|ids| ids.len() == 1) {
+            return self.empty(sides[0].0, report).map(|()| None);
         }
         self.in_vocabulary("prompt", &prompt_ids)?;
         for (ids, (column, _)) in completions.iter().zip(sides) {
@@ -506,7 +509,8 @@ impl Encoder<'_> {
             report.chosen_truncated += 1;
             ids.truncate(max_length);
         }
-        if ids.is_empty() {
+        // The first token is predicted from nothing.
+        if ids.len() < 2 {
             return self.empty(column, report).map(|()| None);
         }
         self.in_window(column, ids.len())?;
