@@ -134,12 +134,28 @@ impl Description {
             }
         }
         let mut environment = vec![None; tree.n_states()];
+        let mut said = vec![false; tree.n_states()];
         for state in self.state {
             let crate::Node::State(at) = tree.find(&state.tokens)? else {
                 return Err(MdpError::Terminal {
                     state: state.tokens,
                 });
             };
+            if std::mem::replace(&mut said[at], true) {
+                let tokens = state.tokens;
+                return Err(MdpError::Toml {
+                    message: format!("two [[state]] have the tokens {tokens:?}; expected one"),
+                });
+            }
+            if state.reference.is_some() && state.environment.is_some() {
+                let tokens = state.tokens;
+                return Err(MdpError::Toml {
+                    message: format!(
+                        "the [[state]] of the tokens {tokens:?} has a reference and an environment; \
+                         there the environment chooses, so expected one of the two"
+                    ),
+                });
+            }
             if let Some(row) = &state.reference {
                 check_support("reference", &state.tokens, row, tree.vocab())?;
                 write_logps(&mut reference[tree.row(at)], row);
@@ -197,6 +213,10 @@ mod tests {
     #[test]
     fn each_kind_of_bad_input_is_named_with_its_place_and_number() {
         let head = "vocab = 3\nhorizon = 2\neos = 2\n";
+        let twice = "[[state]]\ntokens = [0]\n[[state]]\ntokens = [0]\n";
+        assert!(error(&format!("{head}{twice}")).contains("two [[state]] have the tokens [0]"));
+        let both = "[[state]]\ntokens = [0]\nreference = [1, 0, 0]\nenvironment = [0, 0, 1]\n";
+        assert!(error(&format!("{head}{both}")).contains("expected one of the two"));
         assert!(error("vocab = 3\nhorizon = 0\neos = 2").contains("horizon is 0"));
         assert!(error("vocab = 3\nhorizon = 2\neos = 3").contains("eos is token 3"));
         assert!(error("vocab = 200\nhorizon = 20\neos = 3").contains("allowed are"));

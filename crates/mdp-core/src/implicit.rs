@@ -180,7 +180,11 @@ pub fn proxy_tuned(
         .iter()
         .zip(expert.logps())
         .zip(anti_expert.logps())
-        .map(|((base, expert), anti)| base + alpha * (expert - anti))
+        .map(|((base, expert), anti)| match alpha {
+            // Whatever the others rule out.
+            0.0 => *base,
+            alpha => base + alpha * (expert - anti),
+        })
         .collect();
     crate::tabular::check_finite("proxy-tuned logit", base.tree(), &logits)?;
     for row in logits.chunks_exact_mut(base.tree().vocab()) {

@@ -36,7 +36,7 @@ pub fn log_sigmoid(x: f64) -> f64 {
     x.min(0.0) - (-x.abs()).exp().ln_1p()
 }
 
-/// `log Σ exp(x)` in nats; minus infinity for no terms.
+/// `log Σ exp(x)` in nats; minus infinity for no terms, and NaN where one is.
 ///
 /// # Examples
 ///
@@ -46,8 +46,10 @@ pub fn log_sigmoid(x: f64) -> f64 {
 /// ```
 #[must_use]
 pub fn log_sum_exp(terms: &[f64]) -> f64 {
-    let max = terms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    if max.is_infinite() {
+    // Not by `f64::max`, which passes over NaN; once there, NaN stays.
+    let larger = |max: f64, x: f64| if x > max || x.is_nan() { x } else { max };
+    let max = terms.iter().copied().fold(f64::NEG_INFINITY, larger);
+    if !max.is_finite() {
         // All terms are zero mass, or one is infinite: subtracting it would make a NaN.
         return max;
     }
@@ -134,6 +136,13 @@ mod tests {
             worst = worst.max((exp_nonpositive(x) / x.exp() - 1.0).abs());
         }
         assert!(worst < EXP_RELATIVE, "worst relative error {worst:e}");
+    }
+
+    #[test]
+    fn a_sum_over_something_that_is_no_number_is_none() {
+        assert!(log_sum_exp(&[f64::NAN]).is_nan());
+        assert!(log_sum_exp(&[1.0, f64::NAN, f64::INFINITY]).is_nan());
+        assert!(log_sum_exp(&[f64::INFINITY, f64::NAN, 1.0]).is_nan());
     }
 
     #[test]

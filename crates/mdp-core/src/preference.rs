@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use rand::{Rng, RngExt};
 
 use crate::math::{log_sigmoid, log_softmax, log_sum_exp, sigmoid};
-use crate::tabular::{check_finite, check_weights};
+use crate::tabular::{check_finite, check_weights, reserve};
 use crate::{Beta, MdpError, TabularMdp, TabularPolicy, Tree, completion_logps, implicit_rewards};
 
 /// The Bradley-Terry probability that `a` is preferred to `b`: `σ(reward_a - reward_b)`, equation 1
@@ -142,12 +142,14 @@ impl PairTable {
     ///
     /// # Errors
     ///
-    /// [`MdpError::TreeMismatch`], or [`MdpError::Weight`] if `sampler` has one completion only.
+    /// [`MdpError::TreeMismatch`], [`MdpError::Weight`] if `sampler` has one completion only, or
+    /// [`MdpError::OutOfMemory`].
     pub fn population(mdp: &TabularMdp, sampler: &TabularPolicy) -> Result<Self, MdpError> {
         let completions: Vec<usize> = mdp.tree().completions().collect();
         let logps = completion_logps(mdp, sampler)?;
         let returns = mdp.returns();
-        let mut pairs = Vec::with_capacity(completions.len() * completions.len());
+        let n_pairs = completions.len().saturating_mul(completions.len());
+        let mut pairs = reserve(n_pairs)?;
         for i in 0..completions.len() {
             for j in 0..completions.len() {
                 if i != j {

@@ -470,13 +470,13 @@ impl TokenMdp for TabularMdp {
 }
 
 /// An empty table with room for `entries`, or an error where the machine has no memory for it.
-pub(crate) fn reserve(entries: usize) -> Result<Vec<f64>, MdpError> {
+pub(crate) fn reserve<T>(entries: usize) -> Result<Vec<T>, MdpError> {
     let mut table = Vec::new();
     table
         .try_reserve_exact(entries)
         .map_err(|_| MdpError::OutOfMemory {
             entries,
-            bytes: entries.saturating_mul(size_of::<f64>()),
+            bytes: entries.saturating_mul(size_of::<T>()),
         })?;
     Ok(table)
 }

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use serde::{Deserialize, Serialize};
 
 use crate::space::{Best, Candidate, Expansion, Seen, Space};
-use crate::{NodeId, PrefixModel, Request, Score, SearchError, SearchOutput};
+use crate::{NodeId, PrefixModel, Request, SearchError, SearchOutput};
 
 /// Width, length penalty and stopping rule.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -149,16 +149,27 @@ pub fn beam_search<M: PrefixModel + ?Sized>(
     } else {
         0
     };
-    let at_most =
-        matches!(request.score, Score::Likelihood).then_some(keep.saturating_add(penalised));
+    let at_most = space
+        .ranks_by_logp()
+        .then_some(keep.saturating_add(penalised));
     let mut groups = vec![Group::new(width); config.groups];
+    // The best of the prefixes that were continued last: all there is where none may go on or end.
+    let mut deepest = NodeId::ROOT;
     for length in 1..=request.max_new_tokens {
         let mut frontier: Vec<NodeId> = groups.iter().flat_map(|g| &g.running).copied().collect();
         frontier.sort_unstable();
         frontier.dedup();
-        if frontier.is_empty() {
+        let Some(&first) = frontier.first() else {
             break;
-        }
+        };
+        let better = |a, &b| {
+            if space.score(b) > space.score(a) {
+                b
+            } else {
+                a
+            }
+        };
+        deepest = frontier.iter().fold(first, better);
         space.retain(&frontier);
         let Some(expansion) = space.expand(&frontier, at_most)? else {
             break;
@@ -197,9 +208,8 @@ pub fn beam_search<M: PrefixModel + ?Sized>(
                 a
             }
         };
-        if let Some(node) = running().reduce(better) {
-            best.add(space.score(node), node);
-        }
+        let node = running().reduce(better).unwrap_or(deepest);
+        best.add(space.score(node), node);
     }
     // A length penalty or a second group makes what was dropped incomparable.
     let comparable = config.groups == 1 && config.length_penalty == 0.0;
@@ -252,7 +262,9 @@ impl Group {
         config: &BeamConfig,
         length: usize,
     ) -> bool {
-        let Some(&best) = self.running.first() else {
+        // Not the first: a penalty for what other groups took orders them, and is no part of the score.
+        let scores = self.running.iter().map(|&node| space.score(node));
+        let Some(best) = scores.reduce(f64::max) else {
             return true;
         };
         if !self.finished.is_full() {
@@ -264,11 +276,11 @@ impl Group {
         } else {
             length
         };
-        let possible = penalised(space.score(best), length, config.length_penalty);
+        let possible = penalised(best, length, config.length_penalty);
         let done =
             config.early_stopping == EarlyStopping::AtOnce || possible <= self.finished.worst();
         if done {
-            self.abandoned = space.score(best);
+            self.abandoned = best;
         }
         done
     }

@@ -89,6 +89,8 @@ pub fn best_first<M: PrefixModel + ?Sized>(
     let mut open: BinaryHeap<Open> = BinaryHeap::new();
     let mut children: Vec<Candidate> = Vec::new();
     let mut lost = 0.0;
+    // The best prefix that nothing may follow.
+    let mut stuck: Option<NodeId> = None;
     // Prefixes to expand in the next call; those that a stop leaves unexpanded stay in here.
     let mut frontier = vec![NodeId::ROOT];
     loop {
@@ -106,6 +108,9 @@ pub fn best_first<M: PrefixModel + ?Sized>(
             };
             children[first..].sort_unstable_by(order);
             let left = children.len() - first;
+            if left == 0 && stuck.is_none_or(|at| space.score(parent) > space.score(at)) {
+                stuck = Some(parent);
+            }
             open.extend(Open::new(&space, &children, parent, first, left));
         }
         frontier.clear();
@@ -143,8 +148,9 @@ pub fn best_first<M: PrefixModel + ?Sized>(
     let bound = bound.fold(f64::NEG_INFINITY, f64::max);
     let mut found = best.nodes();
     if found.is_empty() {
-        // Stopped before anything was complete: the most promising prefix is what there is.
-        let unfinished = frontier.iter().copied();
+        // Stopped before anything was complete, or nothing can be: the most promising prefix is what
+        // there is.
+        let unfinished = frontier.iter().copied().chain(stuck);
         found.extend(unfinished.reduce(|a, b| {
             if space.score(b) > space.score(a) {
                 b

@@ -1,7 +1,7 @@
 //! The best token, again and again.
 
 use crate::space::Space;
-use crate::{NodeId, PrefixModel, Request, Score, SearchError, SearchOutput};
+use crate::{NodeId, PrefixModel, Request, SearchError, SearchOutput};
 
 /// The completion that takes the token of the highest score at every state; the lowest token among
 /// equals.
@@ -35,7 +35,7 @@ pub fn greedy<M: PrefixModel + ?Sized>(
 ) -> Result<SearchOutput, SearchError> {
     let mut space = Space::new(model, request)?;
     // One candidate is enough if the policy's order is the score's.
-    let at_most = matches!(request.score, Score::Likelihood).then_some(1);
+    let at_most = space.ranks_by_logp().then_some(1);
     let mut node = NodeId::ROOT;
     while space.end(node).is_none() {
         let Some(expansion) = space.expand(&[node], at_most)? else {
@@ -57,7 +57,7 @@ pub fn greedy<M: PrefixModel + ?Sized>(
         space.retain(&[node]);
     }
     space.stats.covered_mass = space.logp(node).exp();
-    // With a processor or rewards there is no bound anyway; else what was left out is the bound.
+    // With a processor there is no bound anyway; else what was left out is the bound.
     let open = at_most.map(|_| space.score(node));
     Ok(space.finish(&[node], open))
 }

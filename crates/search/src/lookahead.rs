@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use serde::{Deserialize, Serialize};
 
 use crate::leaf::{Leaf, Start, rollouts, values};
-use crate::space::Space;
+use crate::space::{Best, Space};
 use crate::{NodeId, PrefixModel, Request, SearchError, SearchOutput};
 
 /// How far and how wide to look.
@@ -82,7 +82,12 @@ pub fn lookahead<M: PrefixModel + ?Sized>(
     config.check()?;
     leaf.check()?;
     let mut space = Space::new(model, request)?;
-    let mut look = Look::default();
+    let mut look = Look {
+        met: Best::new(1),
+        children: HashMap::new(),
+        values: HashMap::new(),
+        streams: 0,
+    };
     let mut root = NodeId::ROOT;
     while space.end(root).is_none() {
         let next = look.best_next(&mut space, root, config, &mut leaf)?;
@@ -93,12 +98,20 @@ pub fn lookahead<M: PrefixModel + ?Sized>(
         space.retain(&[root]);
     }
     space.stats.covered_mass = space.logp(root).exp();
-    Ok(space.finish(&[root], None))
+    // Stopped on the way, or at a dead end: a completion that was seen is worth more than a prefix.
+    let found = match space.end(root) {
+        Some(_) => vec![root],
+        None => look.met.nodes(),
+    };
+    let found = if found.is_empty() { vec![root] } else { found };
+    Ok(space.finish(&found, None))
 }
 
 /// What was computed so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Look {
+    /// The best completion met.
+    met: Best,
     children: HashMap<NodeId, Vec<NodeId>>,
     /// Values of unfinished prefixes, in nats.
     values: HashMap<NodeId, f64>,
@@ -118,6 +131,9 @@ impl Look {
         let mut open = vec![root];
         let mut ended: Vec<NodeId> = Vec::new();
         for _ in 0..config.depth {
+            if open.is_empty() {
+                break;
+            }
             if !self.expand(space, &open)? {
                 return Ok(None);
             }
@@ -127,6 +143,9 @@ impl Look {
                 .flatten();
             let (done, mut next): (Vec<_>, Vec<_>) =
                 children.partition(|&&node| space.end(node).is_some());
+            for &&node in &done {
+                self.met.add(space.score(node), node);
+            }
             ended.extend(done);
             if let Some(width) = config.width.filter(|&width| width < next.len()) {
                 // A stable sort: the earlier stays first among equals.

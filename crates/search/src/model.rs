@@ -32,6 +32,11 @@ pub trait PrefixModel {
         false
     }
 
+    /// Whether answers hold rewards, so that the likeliest token need not be that of the best score.
+    fn has_rewards(&self) -> bool {
+        false
+    }
+
     /// Called once before the first frontier of a search over completions of `prompt` with at most
     /// `max_new_tokens` tokens.
     ///
@@ -73,6 +78,10 @@ impl<M: PrefixModel + ?Sized> PrefixModel for &mut M {
 
     fn has_reference(&self) -> bool {
         (**self).has_reference()
+    }
+
+    fn has_rewards(&self) -> bool {
+        (**self).has_rewards()
     }
 
     fn begin(&mut self, prompt: &[u32], max_new_tokens: usize) -> Result<(), SearchError> {
@@ -151,7 +160,7 @@ impl Rows {
     }
 
     /// The same with a reward for every entry, in nats (reward units over β), which the search adds
-    /// to the entry's score.
+    /// to the entry's score; for models that [have rewards](PrefixModel::has_rewards).
     ///
     /// # Errors
     ///
@@ -308,6 +317,10 @@ impl PrefixModel for Policies<'_> {
 
     fn has_reference(&self) -> bool {
         self.reference.is_some()
+    }
+
+    fn has_rewards(&self) -> bool {
+        self.rewards.is_some()
     }
 
     fn expand(

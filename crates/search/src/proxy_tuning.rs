@@ -82,7 +82,7 @@ impl<B, E, A> ProxyTuned<B, E, A> {
             for (logp, (expert, anti_expert)) in row.iter_mut().zip(expert.iter().zip(anti_expert))
             {
                 // What the base rules out stays out, whatever the ratio of the other two.
-                if *logp > f64::NEG_INFINITY {
+                if *logp > f64::NEG_INFINITY && self.alpha != 0.0 {
                     *logp += self.alpha * (expert - anti_expert);
                 }
             }

@@ -48,6 +48,8 @@ impl Score {
         match (self, reference_logp) {
             (Self::Likelihood, _) | (_, None) => logp,
             (Self::LogRatio, Some(reference)) => logp - reference,
+            // Without its weight even a token to which the reference gives no mass is the policy's.
+            (Self::Mix { reference: 0.0 }, _) => logp,
             (Self::Mix { reference: weight }, Some(reference)) => logp - weight * reference,
         }
     }

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use crate::{
-    Completion, End, NodeId, PrefixModel, PrefixTree, Request, Row, Rows, SearchError,
+    Completion, End, NodeId, PrefixModel, PrefixTree, Request, Row, Rows, Score, SearchError,
     SearchOutput, SearchStats, Stopped, TreeNode, TreeView,
 };
 
@@ -19,6 +19,8 @@ pub(crate) struct Candidate {
     pub(crate) logp: f64,
     /// `log π_ref(token|state)`, in nats; NaN without a reference.
     pub(crate) reference_logp: f64,
+    /// What the model adds to the score, in nats: part of `step`.
+    pub(crate) reward: f64,
     /// What the token adds to the score, in nats.
     pub(crate) step: f64,
 }
@@ -72,7 +74,7 @@ impl<'s, M: PrefixModel + ?Sized> Space<'s, M> {
         let vocab = model.vocab();
         request.check(vocab, model.has_reference())?;
         model.begin(&request.prompt, request.max_new_tokens)?;
-        let has_reference = model.has_reference();
+        let (has_reference, has_rewards) = (model.has_reference(), model.has_rewards());
         Ok(Self {
             model,
             request,
@@ -83,7 +85,9 @@ impl<'s, M: PrefixModel + ?Sized> Space<'s, M> {
             ends: vec![None],
             expanded: vec![false],
             pruned: f64::NEG_INFINITY,
-            bounded: request.score.never_rises() && request.constraints.processor.is_none(),
+            bounded: request.score.never_rises()
+                && request.constraints.processor.is_none()
+                && !has_rewards,
             stats: SearchStats {
                 model_calls: 0,
                 states_expanded: 0,
@@ -122,6 +126,11 @@ impl<'s, M: PrefixModel + ?Sized> Space<'s, M> {
 
     pub(crate) fn has_reference(&self) -> bool {
         !self.reference_logps.is_empty()
+    }
+
+    /// Whether the likeliest token is that of the highest score, so that others need not be looked at.
+    pub(crate) fn ranks_by_logp(&self) -> bool {
+        self.request.score == Score::Likelihood && !self.model.has_rewards()
     }
 
     /// States that the budget still allows.
@@ -216,7 +225,13 @@ impl<'s, M: PrefixModel + ?Sized> Space<'s, M> {
                 got: 0,
             });
         }
-        self.bounded &= row.rewards.is_none();
+        if row.rewards.is_some() && !self.model.has_rewards() {
+            return Err(SearchError::Rows {
+                table: "rewards, of a model that said it has none,",
+                expected: 0,
+                got: row.logps.len(),
+            });
+        }
         let start = expansion.candidates.len();
         let (mut smallest, mut dense) = (f64::INFINITY, None);
         for (at, &logp) in row.logps.iter().enumerate() {
@@ -312,6 +327,7 @@ impl<'s, M: PrefixModel + ?Sized> Space<'s, M> {
             token,
             logp,
             reference_logp: reference.unwrap_or(f64::NAN),
+            reward,
             step,
         })
     }

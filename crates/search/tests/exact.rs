@@ -128,6 +128,56 @@ fn t2_soft_backup_leaves_the_root_at_zero_after_every_simulation() {
     });
 }
 
+/// The rewards of a process, as a model adds them.
+fn true_rewards(case: &Case) -> mdp_core::KlForm {
+    mdp_core::KlForm::new(&case.mdp, case.beta, case.mdp.rewards().to_vec()).unwrap()
+}
+
+#[test]
+fn t2_with_rewards_the_soft_root_value_becomes_that_of_the_exact_solution() {
+    for_each_case(|case| {
+        let rewards = true_rewards(case);
+        let mut model = Policies::new(case.mdp.reference()).with_rewards(&rewards, case.beta);
+        let config = MctsConfig {
+            trace: true,
+            ..whole_tree(Backup::Soft)
+        };
+        let request = case.request(Score::Likelihood);
+        let output = mcts(&mut model, &request, &config, Leaf::Zero).unwrap();
+        let found = output.stats.root_values.last().unwrap();
+        let root = case.solution.soft_values()[0] / case.beta.get();
+        assert_close(*found, root, IDENTITY);
+    });
+}
+
+#[test]
+fn greedy_and_beams_see_rewards_of_tokens_that_are_not_likely() {
+    for_each_case(|case| {
+        let rewards = true_rewards(case);
+        let model = || Policies::new(case.mdp.reference()).with_rewards(&rewards, case.beta);
+        let request = case.request(Score::Likelihood);
+        let step = LookaheadConfig {
+            depth: 1,
+            width: None,
+        };
+        let one = greedy(&mut model(), &request).unwrap();
+        let other = lookahead(&mut model(), &request, &step, Leaf::Zero).unwrap();
+        assert_eq!(one.completions[0].tokens, other.completions[0].tokens);
+        // As wide as there are prefixes: nothing is dropped.
+        let config = BeamConfig {
+            width: case.tree().n_pairs(),
+            ..BeamConfig::default()
+        };
+        let beam = beam_search(&mut model(), &request, &config).unwrap();
+        let best = best_first(&mut model(), &request, &BestFirstConfig::default()).unwrap();
+        assert_close(
+            beam.completions[0].score,
+            best.completions[0].score,
+            IDENTITY,
+        );
+    });
+}
+
 #[test]
 fn t2_soft_root_value_is_the_log_of_the_covered_mass_when_tokens_are_pruned() {
     for_each_case(|case| {

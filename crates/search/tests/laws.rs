@@ -130,6 +130,10 @@ impl<M: PrefixModel> PrefixModel for Cancelling<'_, M> {
         self.inner.has_reference()
     }
 
+    fn has_rewards(&self) -> bool {
+        self.inner.has_rewards()
+    }
+
     fn expand(
         &mut self,
         prefixes: &PrefixTree,
@@ -693,6 +697,8 @@ fn answers_that_are_no_logps_are_refused_with_their_place() {
     assert!(full(&even).with_reference(vec![0.0]).is_err());
     assert!(full(&even).with_rewards(vec![0.0; 3]).is_err());
     // A token that the policy rules out needs no reference.
+    let unsaid = with(&even, &even).with_rewards(vec![0.0; 2]).unwrap();
+    assert!(message(unsaid).contains("said it has none"));
     let rows = with(&[0.0, f64::NEG_INFINITY], &[-0.5, f64::NEG_INFINITY]);
     let output = greedy(&mut Fixed(rows), &request).unwrap();
     assert_close(output.completions[0].score, 1.5, IDENTITY);
@@ -1010,4 +1016,93 @@ fn a_dead_end_is_no_completion_however_likely_its_prefix() {
             IDENTITY,
         );
     }
+}
+
+#[test]
+fn where_every_road_is_a_dead_end_all_return_the_prefix_they_got_to() {
+    let closed = |state: &[u32], logps: &mut [f64]| {
+        if !state.is_empty() {
+            logps.fill(f64::NEG_INFINITY);
+        }
+    };
+    let request = Request {
+        constraints: Constraints {
+            processor: Some(&closed),
+            ..Constraints::default()
+        },
+        ..Request::new([], [2], 2)
+    };
+    let model = || Policies::new(&TwoRoads);
+    let wide = LookaheadConfig {
+        depth: usize::MAX,
+        width: None,
+    };
+    let outputs = [
+        greedy(&mut model(), &request),
+        beam_search(&mut model(), &request, &BeamConfig::default()),
+        best_first(&mut model(), &request, &BestFirstConfig::default()),
+        lookahead(&mut model(), &request, &wide, Leaf::Zero),
+        mcts(&mut model(), &request, &MctsConfig::default(), Leaf::Zero),
+    ];
+    for output in outputs {
+        let found = &output.unwrap().completions[0];
+        assert_eq!(found.end, End::Unfinished);
+        assert!(found.tokens.len() < 2, "{found:?}");
+    }
+}
+
+#[test]
+fn the_mean_backup_writes_nothing_behind_a_dead_end() {
+    let dead_end = |state: &[u32], logps: &mut [f64]| {
+        if state == [0] {
+            logps.fill(f64::NEG_INFINITY);
+        }
+    };
+    let request = Request {
+        constraints: Constraints {
+            processor: Some(&dead_end),
+            ..Constraints::default()
+        },
+        ..Request::new([], [2], 2)
+    };
+    let config = MctsConfig {
+        backup: Backup::Mean,
+        ..MctsConfig::default()
+    };
+    let output = mcts(&mut Policies::new(&TwoRoads), &request, &config, Leaf::Zero).unwrap();
+    assert_eq!(output.completions[0].tokens, [1, 2]);
+}
+
+#[test]
+fn a_stopped_lookahead_returns_the_best_completion_it_saw() {
+    // Three states are the root and both roads; the third road is a completion by itself.
+    let policy = Constant::of(&[0.45, 0.35, 0.2]);
+    let request = Request {
+        budget: Budget {
+            tokens: Some(3),
+            ..Budget::default()
+        },
+        ..Request::new([], [2], 4)
+    };
+    let config = LookaheadConfig {
+        depth: 2,
+        width: None,
+    };
+    let output = lookahead(&mut Policies::new(&policy), &request, &config, Leaf::Zero).unwrap();
+    assert_eq!(output.completions[0].tokens, [2]);
+    assert_eq!(output.completions[0].end, End::Eos);
+}
+
+#[test]
+fn without_a_weight_the_reference_may_rule_out_what_it_likes() {
+    let policy = Constant::of(&[0.4, 0.6]);
+    let reference = Constant::of(&[1.0, 0.0]);
+    let request = Request {
+        score: Score::Mix { reference: 0.0 },
+        ..Request::new([], [1], 3)
+    };
+    let mut model = Policies::new(&policy).with_reference(&reference);
+    let output = greedy(&mut model, &request).unwrap();
+    assert_eq!(output.completions[0].tokens, [1]);
+    assert_close(output.completions[0].score, 0.6_f64.ln(), IDENTITY);
 }

@@ -57,9 +57,10 @@ pub enum Backup {
     /// [`Leaf::Zero`] best-first search.
     #[default]
     Max,
-    /// `V = log Σ_a π_a exp(V_a)`: what KL-regularised planning does. With [`Leaf::Zero`] the root's
-    /// value is the log of the covered mass at every moment, 0 if nothing is pruned, and the tree
-    /// says nothing that the policy did not: search is then a no-op.
+    /// `V = log Σ_a π_a exp(r_a + V_a)`, where `r` is what a model with rewards adds to a token's score:
+    /// what KL-regularised planning does. With [`Leaf::Zero`] and no rewards the root's value is the log
+    /// of the covered mass at every moment, 0 if nothing is pruned, and the tree says nothing that the
+    /// policy did not: search is then a no-op.
     Soft,
     /// The mean over simulations, as in `AlphaZero`. Under the policy's own visits it is off by the
     /// entropy (likelihood) or the divergence (log-ratio).
@@ -131,7 +132,7 @@ impl MctsConfig {
 /// The completion, or with [`Commit::AtEnd`] the completions, that tree search finds.
 ///
 /// A simulation goes from the root to a prefix that was not expanded yet, by the tokens of the best
-/// `Q + exploration * π * sqrt(visits of the parent) / (1 + visits)`, where Q is the token's own score
+/// `Q + exploration * π * sqrt(1 + visits of the parent) / (1 + visits)`, where Q is the token's own score
 /// and the value after it, scaled to [0, 1] over the tree. That prefix is expanded, valued as `leaf`
 /// says, and the values above it are renewed.
 ///

@@ -25,6 +25,8 @@ pub(super) struct Node {
     pub(super) logp: f64,
     /// Score of the last token, in nats.
     step: f64,
+    /// What the model adds to the score of the last token, in nats.
+    reward: f64,
     /// The score still to come, in nats.
     pub(super) value: f64,
     /// Its leaf value at first, in nats; with the mean backup the sum over visits.
@@ -45,10 +47,24 @@ impl Node {
             solved: terminal,
             logp,
             step,
+            reward: 0.0,
             value: 0.0,
             total: 0.0,
             covered: 1.0,
         }
+    }
+
+    /// A node that is no part of the search tree, such as one of a rollout.
+    fn unused() -> Self {
+        Self {
+            evaluated: false,
+            ..Self::new(0.0, 0.0, true)
+        }
+    }
+
+    /// Whether nothing may follow it, though it is no completion.
+    fn is_stuck(&self) -> bool {
+        self.expanded && self.count == 0
     }
 
     pub(super) fn q(&self) -> f64 {
@@ -260,7 +276,8 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
     }
 
     fn is_closed(&self, node: NodeId) -> bool {
-        self.prunes_solved() && self.node(node).solved
+        let node = self.node(node);
+        self.prunes_solved() && node.solved || node.is_stuck()
     }
 
     /// The child of the best value and prior among those that may be visited.
@@ -359,8 +376,7 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
                     .collect();
                 let ends = rollouts(&mut self.space, config, &starts, &mut self.streams)?;
                 // Nodes of the walks are no part of the search tree; the numbering goes on past them.
-                let unused = Node::new(0.0, 0.0, true);
-                self.nodes.resize(self.space.tree.len(), unused);
+                self.nodes.resize(self.space.tree.len(), Node::unused());
                 for (&node, ends) in frontier.iter().zip(ends) {
                     let from = self.space.score(node);
                     let to_go = ends.iter().map(|&end| self.space.score(end) - from);
@@ -398,6 +414,7 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
             let terminal = self.space.end(child).is_some();
             let mut new = Node::new(candidate.logp, candidate.step, terminal);
             new.evaluated |= zero;
+            new.reward = candidate.reward;
             self.nodes.push(new);
             if terminal {
                 self.meet(child);
@@ -489,6 +506,7 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
         // Whatever was not valued itself stands at the leaf value of its parent.
         let soft = |child: &Node| {
             child.logp
+                + child.reward
                 + if child.evaluated {
                     child.value
                 } else {
@@ -535,7 +553,15 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
             return self.best_child(root);
         }
         let children = self.node(root).children();
-        let rank = |at: usize| (self.nodes[at].visits, self.nodes[at].q());
+        // Nothing is to be had behind a dead end, however often it was visited before that was known.
+        let rank = |at: usize| {
+            let node = &self.nodes[at];
+            if node.is_stuck() {
+                (0, f64::NEG_INFINITY)
+            } else {
+                (node.visits, node.q())
+            }
+        };
         let best = children.reduce(|a, b| {
             let ((visits_a, q_a), (visits_b, q_b)) = (rank(a), rank(b));
             if visits_b > visits_a || visits_b == visits_a && q_b > q_a {
@@ -581,7 +607,7 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
         let bytes = self.nodes.capacity() * size_of::<Node>();
         let (nodes, n_nodes) = (std::mem::take(&mut self.nodes), self.space.tree.len());
         let seen = |node: NodeId| {
-            let unused = Node::new(0.0, 0.0, true);
+            let unused = Node::unused();
             let known = if node.index() < n_nodes {
                 nodes.get(node.index())
             } else {

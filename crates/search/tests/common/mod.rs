@@ -132,6 +132,10 @@ impl<M: PrefixModel> PrefixModel for Honest<M> {
         self.inner.has_reference()
     }
 
+    fn has_rewards(&self) -> bool {
+        self.inner.has_rewards()
+    }
+
     fn begin(&mut self, prompt: &[u32], max_new_tokens: usize) -> Result<(), SearchError> {
         self.cached.clear();
         self.asked.clear();
