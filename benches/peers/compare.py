@@ -150,6 +150,7 @@ class Bench:
             self.case("decode", model, f"{name}, batch {n_prompts}", commands, tokens=n_prompts * NEW_TOKENS)
         file = self.write("prompts.json", prompts[:1])
         task = ["--model", folder, "--prompts", file, "--new-tokens", TREE_TOKENS, "--simulations", SIMULATIONS]
+        task += self.precision()
         name = f"tree search, {SIMULATIONS} simulations a token"
         self.case("decode", model, name, {"r2q": self.r2q("mcts", *task)}, tokens=TREE_TOKENS)
 

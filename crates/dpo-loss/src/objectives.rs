@@ -361,6 +361,59 @@ impl Objectives {
                 deaf.join(", ")
             ));
         }
+        let (config, default) = (&self.0, LossConfig::default());
+        let has = |objective| config.loss.contains(&objective);
+        let is_alpha = config.f_divergence_type == Divergence::AlphaDivergence;
+        for (name, value, default, is_read, reader) in [
+            (
+                "simpo_gamma",
+                config.simpo_gamma,
+                default.simpo_gamma,
+                has(Objective::Simpo),
+                "`simpo`",
+            ),
+            (
+                "cpo_alpha",
+                config.cpo_alpha,
+                default.cpo_alpha,
+                has(Objective::Cpo),
+                "`cpo`",
+            ),
+            (
+                "dpop_lambda",
+                config.dpop_lambda,
+                default.dpop_lambda,
+                has(Objective::DpoPositive),
+                "`dpo_positive`",
+            ),
+            (
+                "tdpo_alpha",
+                config.tdpo_alpha,
+                default.tdpo_alpha,
+                has(Objective::Tdpo2),
+                "`tdpo2`",
+            ),
+            (
+                "discopop_tau",
+                config.discopop_tau,
+                default.discopop_tau,
+                has(Objective::Discopop),
+                "`discopop`",
+            ),
+            (
+                "f_alpha_divergence_coef",
+                config.f_alpha_divergence_coef,
+                default.f_alpha_divergence_coef,
+                is_alpha,
+                "the divergence `alpha_divergence`",
+            ),
+        ] {
+            if !is_read && value.to_bits() != default.to_bits() {
+                warnings.push(format!(
+                    "{name} = {value} changes nothing; {reader} reads it"
+                ));
+            }
+        }
         warnings
     }
 

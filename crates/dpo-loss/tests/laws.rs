@@ -669,6 +669,24 @@ fn label_smoothing_changes_exactly_the_losses_that_say_so() {
 }
 
 #[test]
+fn a_number_that_no_loss_reads_is_warned_of() {
+    let with = |loss: &[Objective]| LossConfig {
+        simpo_gamma: 0.7,
+        tdpo_alpha: 0.1,
+        loss: loss.to_vec(),
+        ..LossConfig::default()
+    };
+    let warned = |loss: &[Objective]| objectives(&with(loss)).warnings().join("; ");
+    assert!(warned(&[Objective::Simpo, Objective::Tdpo2]).is_empty());
+    let sigmoid = warned(&[Objective::Sigmoid]);
+    assert!(
+        sigmoid.contains("simpo_gamma = 0.7") && sigmoid.contains("`tdpo2`"),
+        "{sigmoid}"
+    );
+    assert!(objectives(&LossConfig::default()).warnings().is_empty());
+}
+
+#[test]
 fn a_batch_that_lacks_or_misfits_something_is_refused_by_name() {
     let (batch, ..) = some_numbers().batch(0, &Device::default());
     let bare = PairBatch::new(batch.policy.clone(), ReferenceLogps::Absent);

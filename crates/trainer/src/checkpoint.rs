@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use lm::files::{write_atomically, write_folder_atomically};
+use lm::tokenizer::{Tokenizer, TokenizerError};
 use lm::weights::{HostTensor, SINGLE_FILE, WeightFiles, write_safetensors};
 use lm::{AdapterFolder, Transformer};
 use serde::{Deserialize, Serialize};
@@ -54,10 +55,18 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 /// Weights of a reference that follows the policy.
 const REFERENCE: &str = "reference.safetensors";
 
+/// What stands beside a checkpoint's weights, so that it is a model or PEFT folder that can be read.
+#[derive(Clone, Copy, Debug)]
+pub struct Beside<'a> {
+    /// The model's tokenizer.
+    pub tokenizer: &'a Tokenizer,
+    /// Folder of the model beneath the adapters, if the model has any.
+    pub base: Option<&'a str>,
+}
+
 /// Saves a checkpoint under `folder` and deletes the oldest of the stage beyond `keep`.
 ///
 /// The folder is filled aside, flushed and renamed; its manifest holds a digest of every file.
-/// `base` is the folder of the model beneath the adapters, if the model has any.
 ///
 /// # Errors
 ///
@@ -67,10 +76,10 @@ pub fn save(
     keep: usize,
     learner: &Learner,
     position: &Position,
-    base: Option<&str>,
+    beside: Beside<'_>,
 ) -> Result<PathBuf, TrainError> {
     let path = folder.join(format!("{}-{:06}", position.stage, position.step));
-    write(&path, learner, position, base)?;
+    write(&path, learner, position, beside)?;
     prune(folder, &position.stage, keep)?;
     Ok(path)
 }
@@ -85,7 +94,7 @@ pub(crate) fn prune(folder: &Path, stage: &str, keep: usize) -> Result<(), Train
     Ok(())
 }
 
-/// Saves the best weights of a stage so far, in place of the ones before; `base` as for [`save`].
+/// Saves the best weights of a stage so far, in place of the ones before.
 ///
 /// # Errors
 ///
@@ -94,10 +103,10 @@ pub fn save_best(
     folder: &Path,
     learner: &Learner,
     position: &Position,
-    base: Option<&str>,
+    beside: Beside<'_>,
 ) -> Result<PathBuf, TrainError> {
     let path = best_path(folder, &position.stage);
-    write(&path, learner, position, base)?;
+    write(&path, learner, position, beside)?;
     Ok(path)
 }
 
@@ -110,10 +119,11 @@ fn write(
     path: &Path,
     learner: &Learner,
     position: &Position,
-    base: Option<&str>,
+    beside: Beside<'_>,
 ) -> Result<(), TrainError> {
-    write_folder_atomically(path, |inner| -> Result<(), CheckpointIo> {
-        write_weights(&learner.snapshot(), inner, base)?;
+    write_whole(path, |inner| {
+        beside.tokenizer.save(inner)?;
+        write_weights(&learner.snapshot(), inner, beside.base)?;
         write_safetensors(
             &inner.join(OPTIMIZER),
             &learner.optimizer.to_host(),
@@ -127,12 +137,20 @@ fn write(
         write_manifest(inner)?;
         Ok(())
     })
-    .map_err(|error| match error {
+}
+
+/// Writes a folder of a model, whole or not at all.
+pub(crate) fn write_whole(
+    path: &Path,
+    fill: impl FnOnce(&Path) -> Result<(), FolderError>,
+) -> Result<(), TrainError> {
+    write_folder_atomically(path, fill).map_err(|error| match error {
         // The name under which it was being filled would tell nobody anything.
-        CheckpointIo::Io(source) | CheckpointIo::Model(lm::LmError::Io { source, .. }) => {
-            TrainError::io(path)(source)
-        }
-        CheckpointIo::Model(error) => error.into(),
+        FolderError::Io(source)
+        | FolderError::Model(lm::LmError::Io { source, .. })
+        | FolderError::Tokenizer(TokenizerError::Io { source, .. }) => TrainError::io(path)(source),
+        FolderError::Model(error) => error.into(),
+        FolderError::Tokenizer(error) => error.into(),
     })
 }
 
@@ -234,14 +252,29 @@ pub fn load(
 /// Any error of the file system.
 pub fn write_manifest(folder: &Path) -> std::io::Result<()> {
     let mut digests = BTreeMap::new();
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
+    for name in files_of(folder)? {
         if name != MANIFEST {
-            digests.insert(name, digest(&entry.path())?);
+            let digest = digest(&folder.join(&name))?;
+            digests.insert(name, digest);
         }
     }
     write_json(&folder.join(MANIFEST), &digests)
+}
+
+/// All files of a folder and of those in it, such as a tokenizer's further templates.
+fn files_of(folder: &Path) -> std::io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if entry.file_type()?.is_dir() {
+            let below = files_of(&entry.path())?;
+            names.extend(below.into_iter().map(|below| format!("{name}/{below}")));
+        } else {
+            names.push(name);
+        }
+    }
+    Ok(names)
 }
 
 /// Checks every file of a folder against its manifest.
@@ -256,10 +289,9 @@ pub fn verify_files(folder: &Path) -> Result<(), TrainError> {
         std::fs::read(&manifest).map_err(|e| damaged(format!("damaged: {MANIFEST}: {e}")))?;
     let digests: BTreeMap<String, String> = serde_json::from_slice(&text)
         .map_err(|error| damaged(format!("damaged: {MANIFEST}: {error}")))?;
-    let stray = std::fs::read_dir(folder)
+    let stray = files_of(folder)
         .map_err(TrainError::io(folder))?
-        .filter_map(Result::ok)
-        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .into_iter()
         .find(|name| name != MANIFEST && !digests.contains_key(name));
     if let Some(name) = stray {
         return Err(damaged(format!("damaged: {name} is not in {MANIFEST}")));
@@ -365,19 +397,27 @@ impl Write for HashWriter<'_> {
 }
 
 /// Errors inside the closure that fills a checkpoint.
-enum CheckpointIo {
+/// Why [`write_whole`] could not fill a folder.
+pub(crate) enum FolderError {
     Io(std::io::Error),
     Model(lm::LmError),
+    Tokenizer(TokenizerError),
 }
 
-impl From<std::io::Error> for CheckpointIo {
+impl From<std::io::Error> for FolderError {
     fn from(error: std::io::Error) -> Self {
         Self::Io(error)
     }
 }
 
-impl From<lm::LmError> for CheckpointIo {
+impl From<lm::LmError> for FolderError {
     fn from(error: lm::LmError) -> Self {
         Self::Model(error)
+    }
+}
+
+impl From<TokenizerError> for FolderError {
+    fn from(error: TokenizerError) -> Self {
+        Self::Tokenizer(error)
     }
 }

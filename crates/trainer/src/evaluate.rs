@@ -189,7 +189,9 @@ pub fn divergences(
     }
     let n = excess.len() as f64;
     let mean = excess.iter().sum::<f64>() / n;
-    let variance = excess.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
+    // One pair says nothing of how far another would be from it.
+    let variance = excess.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0);
+    let variance = if n < 2.0 { f64::INFINITY } else { variance };
     Some(Divergences {
         policy_reference: forward / n_tokens as f64,
         reference_policy: backward / n_tokens as f64,

@@ -46,6 +46,18 @@ pub struct MicroBatch {
     pub checkpointed: Option<Checkpointed>,
 }
 
+impl MicroBatch {
+    /// The same with a weight in its step, where 1 is what all have by themselves.
+    #[must_use]
+    pub fn weighted(self, weight: f64) -> Self {
+        Self {
+            loss: self.loss.mul_scalar(weight),
+            values: self.values.mul_scalar(weight),
+            ..self
+        }
+    }
+}
+
 /// What becomes of the activations that a backward pass needs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Activations {

@@ -69,7 +69,8 @@ pub use recipe::{
 };
 pub use run::{Finished, RunOptions, train};
 pub use sampling::{
-    Policy, PromptSource, Prompts, SampleOptions, base_of_adapter, policy_shape, sample_prompts,
+    Policy, PromptSource, Prompts, SampleOptions, base_of_adapter, beta_of_run, policy_shape,
+    sample_prompts,
 };
 pub use unpaired::UNPAIRED_METRICS;
 pub use workers::Workers;

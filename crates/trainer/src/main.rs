@@ -3,7 +3,7 @@
 mod cli;
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -295,15 +295,30 @@ fn run_train(args: &TrainArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The name of a run on the model of a folder: the folder's, in the characters that a name may have.
+fn run_name(model: &Path) -> String {
+    // `.` and `..` have a name too.
+    let whole = std::fs::canonicalize(model).unwrap_or_else(|_| model.to_path_buf());
+    let name = whole.file_name().unwrap_or_default().to_string_lossy();
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    let name: String = name
+        .trim_start_matches('.')
+        .chars()
+        .map(|c| if allowed(c) { c } else { '-' })
+        .collect();
+    if name.is_empty() {
+        "model".into()
+    } else {
+        name
+    }
+}
+
 /// The recipe that the flags name, with what they override.
 fn recipe(args: &TrainArgs) -> anyhow::Result<Recipe> {
     let mut recipe = match (&args.recipe, &args.model, &args.data) {
         (Some(path), _, _) => Recipe::read(path)?,
         (None, Some(model), Some(data)) => {
-            let name = model
-                .file_name()
-                .map(|name| name.to_string_lossy().into_owned())
-                .context("--model names no folder")?;
+            let name = run_name(model);
             let data = DataRecipe {
                 train: Sources::One(data.clone()),
                 sft: None,

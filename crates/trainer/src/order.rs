@@ -17,7 +17,7 @@ pub struct Source {
 
 impl Source {
     /// Examples that an epoch shows, repeats counted.
-    fn per_epoch(&self) -> usize {
+    pub(crate) fn per_epoch(&self) -> usize {
         (self.weight * self.examples.len() as f64).round() as usize
     }
 }

@@ -1,5 +1,6 @@
 //! From a recipe to a model, a tokenizer and tokens.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
@@ -126,7 +127,52 @@ pub fn prepare(recipe: &Recipe, device: &Device) -> Result<Prepared, TrainError>
     if let Some(lora) = &recipe.lora {
         LoraConfig::from(lora).n_parameters(prepared.model.config())?;
     }
+    if let Some(contrast) = &recipe.preference.contrast {
+        for (side, folder) in [
+            ("positive", &contrast.positive),
+            ("negative", &contrast.negative),
+        ] {
+            check_contrast(&prepared, folder)?.map_err(|reason| TrainError::Recipe {
+                file: recipe.name.clone(),
+                reason: format!(
+                    "key `preference.contrast.{side}`: {}: {reason}",
+                    folder.display()
+                ),
+            })?;
+        }
+    }
     Ok(prepared)
+}
+
+/// Whether a model can say something of the pairs' tokens; why not, if it cannot.
+fn check_contrast(prepared: &Prepared, folder: &Path) -> Result<Result<(), String>, TrainError> {
+    let found = ModelConfig::read(folder)?;
+    if folder.join(TOKENIZER).exists() {
+        let theirs = Tokenizer::from_folder(folder)?;
+        if let Err(reason) = same_tokens("the model", &prepared.tokenizer, &theirs) {
+            return Ok(Err(reason));
+        }
+    } else {
+        let expected = prepared.model.config().vocab_size;
+        if found.vocab_size != expected {
+            let got = found.vocab_size;
+            return Ok(Err(format!(
+                "expected a model of {expected} tokens, got {got}"
+            )));
+        }
+    }
+    let length = |pair: &PreferencePair| {
+        pair.prompt_ids.len() + pair.chosen_ids.len().max(pair.rejected_ids.len())
+    };
+    let pairs = prepared.train.iter().chain(&prepared.eval);
+    let longest = pairs.map(length).max().unwrap_or(0);
+    if longest > found.max_positions {
+        let most = found.max_positions;
+        return Ok(Err(format!(
+            "expected a model of the pairs' longest sequence, {longest} tokens; it reads {most}"
+        )));
+    }
+    Ok(Ok(()))
 }
 
 fn prepare_task(
@@ -146,7 +192,7 @@ fn prepare_task(
                 path: path.clone(),
                 reason,
             };
-            // A checkpoint holds no tokenizer.
+            // A folder may hold no tokenizer.
             if path.join(TOKENIZER).exists() {
                 let theirs = Tokenizer::from_folder(path)?;
                 same_tokens("the memo task", &tokenizer, &theirs).map_err(differs)?;
@@ -212,8 +258,9 @@ fn prepare_task(
     let mut desirable = None;
     if recipe.preference.unpaired.is_some() {
         let size = recipe.preference.batch_size;
-        let (labelled, train_labels) = with_strangers(apart(&train), size);
-        let (held_out, eval_labels) = with_strangers(apart(&eval), size);
+        let most = model.config().max_positions;
+        let (labelled, train_labels) = with_strangers(apart(&train), size, most);
+        let (held_out, eval_labels) = with_strangers(apart(&eval), size, most);
         (train, eval) = (labelled, held_out);
         desirable = Some([train_labels, eval_labels]);
     }
@@ -268,8 +315,9 @@ fn prepare_files(
     let config = ModelConfig::read(folder)?;
     let tokenizer = Tokenizer::from_folder(folder)?;
     let template = ChatTemplate::from_tokenizer(&tokenizer)?;
+    let max_length = data.max_length.min(config.max_positions);
     let options = TokenizeOptions {
-        max_length: Some(data.max_length.min(config.max_positions)),
+        max_length: Some(max_length),
         window: Some(config.max_positions),
         boundary: data.boundary,
         empty_completions: data.empty_completions,
@@ -299,7 +347,7 @@ fn prepare_files(
         if labelled {
             let examples =
                 reader.read(path, label, &mut reports, read_labelled, tokenize_labelled)?;
-            let (pairs, labels) = with_strangers(examples, size);
+            let (pairs, labels) = with_strangers(examples, size, max_length);
             Ok((pairs, labels, Vec::new()))
         } else {
             let (pairs, weights) = reader.read_pairs(path, label, weighted, &mut reports)?;
@@ -314,10 +362,23 @@ fn prepare_files(
         train.extend(pairs);
         train_labels.extend(labels);
         train_weights.extend(weights);
-        sources.push(Source {
+        let shown = Source {
             examples: from..train.len(),
             weight: source.weight,
-        });
+        };
+        if shown.per_epoch() == 0 {
+            return Err(TrainError::Recipe {
+                file: recipe.name.clone(),
+                reason: format!(
+                    "key `data.train`: a weight of {} shows none of the {} rows of {} in an epoch; \
+                     expected at least half a row's",
+                    source.weight,
+                    shown.examples.len(),
+                    source.path.display()
+                ),
+            });
+        }
+        sources.push(shown);
         files.push(source.path);
     }
     let (eval, eval_labels, eval_weights) = match &data.eval {
@@ -399,8 +460,11 @@ impl Reader<'_> {
         let pairs = kept(path, tokenized, &malformed, reports);
         let mut weights = Vec::new();
         if weighted {
+            // Rows that were malformed are not among them.
+            let rows: HashMap<usize, &PreferenceRow> =
+                rows.iter().map(|row| (row.location.row, row)).collect();
             for pair in &pairs {
-                let row = &rows[pair.row];
+                let row = rows[&pair.row];
                 let of = |column, ids: &[u32]| {
                     let most = self.options.max_length.unwrap_or(usize::MAX);
                     let cut = pair.prompt_ids.len() + ids.len() >= most;

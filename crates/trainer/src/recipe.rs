@@ -467,6 +467,16 @@ impl Default for SftRecipe {
     }
 }
 
+impl PreferenceRecipe {
+    /// What was set and changes nothing, in sentences.
+    pub fn warnings(&self) -> Vec<String> {
+        match self.unpaired {
+            None => self.objective.warnings(),
+            Some(_) => Vec::new(),
+        }
+    }
+}
+
 impl Default for PreferenceRecipe {
     fn default() -> Self {
         Self {
@@ -893,10 +903,11 @@ impl OptimizerRecipe {
                 "in [0, 1)",
             ),
             (
+                // At 0 a gradient of exactly 0 would be divided by 0.
                 "epsilon",
                 self.epsilon,
-                at_least_zero(self.epsilon),
-                "at least 0",
+                self.epsilon.is_finite() && self.epsilon > 0.0,
+                "above 0",
             ),
             (
                 "weight_decay",

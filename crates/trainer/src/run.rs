@@ -9,7 +9,7 @@ use burn::module::Module;
 use burn::tensor::Device;
 use dpo_loss::{Contrast, PairTable, TokenLogps, contrastive_weights};
 use lm::data::{PreferencePair, SftExample};
-use lm::files::{write_atomically, write_folder_atomically};
+use lm::files::write_atomically;
 use lm::tokenizer::Tokenizer;
 use lm::{
     CompletionBatch, Decoding, Generate, Generated, ParameterInfo, Precision, Sampling, Transformer,
@@ -17,7 +17,7 @@ use lm::{
 use serde_json::{Map, Value, json};
 
 use crate::cache::{ReferenceCache, model_digest};
-use crate::checkpoint::{self, digest_of};
+use crate::checkpoint::{self, Beside, digest_of};
 use crate::error::TrainError;
 use crate::evaluate::{
     DIVERGENCE_METRICS, divergences, preference_metrics, sample_completions, true_rewards, wins,
@@ -165,16 +165,16 @@ const WARNING: &str = "eval_warning";
 const DIVERGENCE_PAIRS: usize = 256;
 
 /// Names of what a run's folder holds.
-mod names {
-    pub(super) const RECIPE: &str = "recipe.toml";
-    pub(super) const INPUTS: &str = "inputs.sha256";
-    pub(super) const METRICS: &str = "metrics.jsonl";
-    pub(super) const SUMMARY: &str = "summary.json";
-    pub(super) const REPORT: &str = "report.html";
-    pub(super) const MODEL: &str = "model";
-    pub(super) const ADAPTER: &str = "adapter";
-    pub(super) const SFT: &str = "sft";
-    pub(super) const CHECKPOINTS: &str = "checkpoints";
+pub(crate) mod names {
+    pub(crate) const RECIPE: &str = "recipe.toml";
+    pub(crate) const INPUTS: &str = "inputs.sha256";
+    pub(crate) const METRICS: &str = "metrics.jsonl";
+    pub(crate) const SUMMARY: &str = "summary.json";
+    pub(crate) const REPORT: &str = "report.html";
+    pub(crate) const MODEL: &str = "model";
+    pub(crate) const ADAPTER: &str = "adapter";
+    pub(crate) const SFT: &str = "sft";
+    pub(crate) const CHECKPOINTS: &str = "checkpoints";
 }
 
 fn choose_folder(recipe: &Recipe, options: &RunOptions) -> Result<PathBuf, TrainError> {
@@ -335,7 +335,10 @@ impl Run<'_> {
             checkpoints,
             saving: &self.recipe.checkpoints,
             recipe: &self.digest,
-            base: self.base.as_deref(),
+            beside: Beside {
+                tokenizer: &self.prepared.tokenizer,
+                base: self.base.as_deref(),
+            },
         }
     }
 
@@ -380,7 +383,9 @@ impl Run<'_> {
                 line.get("step")?
             ))
         });
-        summary.insert("warnings".into(), json!(warning.as_slice()));
+        let mut warnings = self.recipe.preference.warnings();
+        warnings.extend(warning);
+        summary.insert("warnings".into(), warnings.into());
         summary.insert(
             "pairs_per_second".into(),
             (pairs as f64 / done.seconds).into(),
@@ -484,20 +489,31 @@ impl Run<'_> {
         let mut log = self.log(|at, step| at == stage.name && step <= done.step)?;
         let checkpoints = self.path(names::CHECKPOINTS);
         let examples = &self.prepared.sft;
+        let n_predicted = |batch: &[usize]| -> usize {
+            let of = |example: &SftExample| {
+                let first = usize::from(example.prompt_ids.is_empty());
+                example.completion_ids.len().saturating_sub(first)
+            };
+            batch.iter().map(|&index| of(&examples[index])).sum()
+        };
         let calls = Calls {
-            micro: |model: &Transformer, _: Option<&Transformer>, batch: &[usize]| {
-                let rows: Vec<(&[u32], &[u32])> = batch
+            micro: |model: &Transformer,
+                    _: Option<&Transformer>,
+                    step: &[Vec<usize>],
+                    at: usize| {
+                let rows: Vec<(&[u32], &[u32])> = step[at]
                     .iter()
                     .map(|&index| {
                         let example = &examples[index];
                         (&example.prompt_ids[..], &example.completion_ids[..])
                     })
                     .collect();
-                sft_micro_batch(
-                    model,
-                    &CompletionBatch::new(&rows, &model.device().without_autodiff()),
-                    self.activations(),
-                )
+                let batch = CompletionBatch::new(&rows, &model.device().without_autodiff());
+                let micro = sft_micro_batch(model, &batch, self.activations());
+                // The step's loss is the mean over its tokens, however they are divided.
+                let in_step: usize = step.iter().map(|batch| n_predicted(batch)).sum();
+                let share = n_predicted(&step[at]) as f64 / in_step as f64;
+                micro.weighted(share * step.len() as f64)
             },
             evaluate: |_: &Learner, _| Ok(Map::new()),
             row: |index: usize| examples[index].row.to_string(),
@@ -544,6 +560,9 @@ impl Run<'_> {
         let (train, eval) = (&self.prepared.train, &self.prepared.eval);
         let train_against = self.against(start, train, TRAIN)?;
         let eval_against = self.against(start, eval, EVAL)?;
+        for warning in recipe.warnings() {
+            eprintln!("warning: {warning}");
+        }
         let stage = self.preference_stage();
         let policy = match &self.recipe.lora {
             Some(lora) => start.clone().with_lora(&lora.into(), self.recipe.seed)?,
@@ -577,7 +596,11 @@ impl Run<'_> {
         let train_labelled = labelled(train, &train_against, 0);
         let eval_labelled = labelled(eval, &eval_against, 1);
         let calls = Calls {
-            micro: |model: &Transformer, moved: Option<&Transformer>, pairs: &[usize]| {
+            micro: |model: &Transformer,
+                    moved: Option<&Transformer>,
+                    step: &[Vec<usize>],
+                    at: usize| {
+                let pairs = &step[at][..];
                 if let Some((objective, labelled)) = &train_labelled {
                     let loss = (*objective, recipe.beta);
                     return labelled.micro_batch(model, pairs, loss, self.activations());
@@ -714,17 +737,6 @@ impl Run<'_> {
                 let read = |folder: &Path, side: &str| -> Result<ReferenceLogps, TrainError> {
                     let model = Transformer::read(folder, &self.devices[0])?
                         .with_precision(self.recipe.precision);
-                    let expected = start.config().vocab_size;
-                    if model.config().vocab_size != expected {
-                        return Err(TrainError::Recipe {
-                            file: self.recipe.name.clone(),
-                            reason: format!(
-                                "key `preference.contrast.{side}`: expected a model of {expected} tokens, got {} of {}",
-                                folder.display(),
-                                model.config().vocab_size
-                            ),
-                        });
-                    }
                     let label = format!("logps of the {side} model, {split}");
                     let size = recipe.eval_batch_size;
                     Ok(ReferenceLogps::compute(
@@ -996,7 +1008,7 @@ fn write_model(
     tokenizer: &Tokenizer,
     manifest: bool,
 ) -> Result<(), TrainError> {
-    write_whole(path, |inner| {
+    checkpoint::write_whole(path, |inner| {
         tokenizer.save(inner)?;
         model.write(inner)?;
         if manifest {
@@ -1014,51 +1026,11 @@ fn write_adapter(
     tokenizer: &Tokenizer,
     base: Option<&str>,
 ) -> Result<(), TrainError> {
-    write_whole(path, |inner| {
+    checkpoint::write_whole(path, |inner| {
         tokenizer.save(inner)?;
         model.write_adapter(inner, base)?;
         Ok(())
     })
-}
-
-fn write_whole(
-    path: &Path,
-    fill: impl FnOnce(&Path) -> Result<(), ModelIo>,
-) -> Result<(), TrainError> {
-    write_folder_atomically(path, fill).map_err(|error| match error {
-        // The name under which it was being filled would tell nobody anything.
-        ModelIo::Io(source)
-        | ModelIo::Model(lm::LmError::Io { source, .. })
-        | ModelIo::Tokenizer(lm::tokenizer::TokenizerError::Io { source, .. }) => {
-            TrainError::io(path)(source)
-        }
-        ModelIo::Model(error) => error.into(),
-        ModelIo::Tokenizer(error) => error.into(),
-    })
-}
-
-enum ModelIo {
-    Io(std::io::Error),
-    Model(lm::LmError),
-    Tokenizer(lm::tokenizer::TokenizerError),
-}
-
-impl From<std::io::Error> for ModelIo {
-    fn from(error: std::io::Error) -> Self {
-        Self::Io(error)
-    }
-}
-
-impl From<lm::LmError> for ModelIo {
-    fn from(error: lm::LmError) -> Self {
-        Self::Model(error)
-    }
-}
-
-impl From<lm::tokenizer::TokenizerError> for ModelIo {
-    fn from(error: lm::tokenizer::TokenizerError) -> Self {
-        Self::Tokenizer(error)
-    }
 }
 
 /// The most memory that this process has held, where the system tells it.

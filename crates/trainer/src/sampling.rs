@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use burn::tensor::Device;
+use dpo_loss::Beta;
 use judge::Sample;
 use lm::chat::{ChatTemplate, Message, RenderOptions};
 use lm::tokenizer::Tokenizer;
@@ -15,6 +16,8 @@ use serde_json::Value;
 
 use crate::error::TrainError;
 use crate::evaluate::sample_completions;
+use crate::recipe::{PreferenceRecipe, Recipe};
+use crate::run::names;
 use crate::workers::Workers;
 
 /// A model that can be asked, with its tokenizer.
@@ -48,8 +51,7 @@ impl Policy {
     }
 }
 
-/// The tokenizer of a policy's folder; that of the model below, where adapters come without one, as
-/// those of checkpoints do.
+/// The tokenizer of a policy's folder; that of the model below, where adapters come without one.
 fn tokenizer_of(folder: &Path, base: Option<&Path>) -> Result<Tokenizer, TrainError> {
     let own = folder.join("tokenizer.json").exists();
     let holder = base.filter(|_| !own).unwrap_or(folder);
@@ -72,6 +74,29 @@ pub fn policy_shape(folder: &Path) -> Result<(ModelConfig, Tokenizer), TrainErro
         AdapterFolder::open_weights(folder)?;
     }
     Ok((config, tokenizer_of(folder, base.as_deref())?))
+}
+
+/// β of the run that a policy's folder, or a checkpoint's, lies in; training's default where it lies
+/// in none.
+///
+/// # Errors
+///
+/// A recipe beside it that cannot be read.
+pub fn beta_of_run(folder: &Path) -> Result<Beta, TrainError> {
+    let whole = std::fs::canonicalize(folder).unwrap_or_else(|_| folder.to_path_buf());
+    let beside = whole.parent();
+    let is_checkpoint = beside.is_some_and(|folder| folder.ends_with(names::CHECKPOINTS));
+    let run = beside.and_then(|folder| {
+        if is_checkpoint {
+            folder.parent()
+        } else {
+            Some(folder)
+        }
+    });
+    match run.map(|run| run.join(names::RECIPE)) {
+        Some(recipe) if recipe.exists() => Ok(Recipe::read(&recipe)?.preference.beta),
+        _ => Ok(PreferenceRecipe::default().beta),
+    }
 }
 
 /// The folder of the model that a PEFT folder adapts; none for a model's own folder.

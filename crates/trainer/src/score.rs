@@ -24,8 +24,7 @@ use crate::error::TrainError;
 use crate::folder;
 use crate::prepare::same_tokens;
 use crate::progress::Progress;
-use crate::recipe::Recipe;
-use crate::sampling::{Policy, policy_shape};
+use crate::sampling::{Policy, beta_of_run, policy_shape};
 use crate::workers::Workers;
 
 use read::Models;
@@ -38,8 +37,6 @@ const WINDOW: usize = 256;
 const SHOWN: usize = 20;
 /// The most tokens of a batch, padding included.
 const BATCH_TOKENS: usize = 16_384;
-/// β where neither a flag nor the policy's run names one; the default of training.
-const DEFAULT_BETA: f64 = 0.1;
 
 /// What to score, and how.
 #[derive(Clone, Debug)]
@@ -285,15 +282,6 @@ fn prepare(options: &ScoreOptions) -> Result<(Encoder, Beta, ModelConfig), Train
         options: tokenize,
     };
     Ok((encoder, beta, config))
-}
-
-/// β of the run that a policy's folder lies in; the default of training where it lies in none.
-fn beta_of_run(policy: &Path) -> Result<Beta, TrainError> {
-    let recipe = policy.join("..").join("recipe.toml");
-    if recipe.exists() {
-        return Ok(Recipe::read(&recipe)?.preference.beta);
-    }
-    Ok(Beta::new(DEFAULT_BETA).expect("a tenth is a valid strength"))
 }
 
 fn read_models(options: &ScoreOptions, device: &Device) -> Result<Models, TrainError> {

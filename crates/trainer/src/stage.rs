@@ -6,7 +6,7 @@ use std::time::Instant;
 use lm::Transformer;
 use serde_json::{Map, Value};
 
-use crate::checkpoint::{self, Best, Position};
+use crate::checkpoint::{self, Beside, Best, Position};
 use crate::error::TrainError;
 use crate::failure::{Shortage, within_memory};
 use crate::learner::{Learner, MicroBatch};
@@ -55,8 +55,8 @@ pub(crate) struct Place<'a> {
     pub saving: &'a CheckpointRecipe,
     /// Digest of the recipe.
     pub recipe: &'a str,
-    /// Folder of the model beneath adapters, if there is one.
-    pub base: Option<&'a str>,
+    /// What is saved beside the weights.
+    pub beside: Beside<'a>,
 }
 
 /// Where a stage stands, from 0 or from a checkpoint.
@@ -104,8 +104,17 @@ impl Stage<'_> {
 
     /// Examples that the whole stage sees, repeats counted.
     pub(crate) fn n_seen(&self, steps: usize) -> usize {
-        let all = (self.epochs * self.order().examples_per_epoch() as f64).ceil() as usize;
-        (steps * self.batch_size * self.accumulation).min(all)
+        let order = self.order();
+        let (an_epoch, a_step) = (
+            order.examples_per_epoch(),
+            self.batch_size * self.accumulation,
+        );
+        // The last step of an epoch may be smaller.
+        let (epochs, rest) = match order.steps_per_epoch() {
+            0 => (0, 0),
+            n => (steps / n, steps % n),
+        };
+        epochs * an_epoch + (rest * a_step).min(an_epoch)
     }
 
     /// Whether the stage was left before its last step, for want of better evaluations.
@@ -130,7 +139,7 @@ impl Stage<'_> {
         log: &mut MetricsLog,
         place: &Place<'_>,
         mut calls: Calls<
-            impl Fn(&Transformer, Option<&Transformer>, &[usize]) -> MicroBatch + Sync,
+            impl Fn(&Transformer, Option<&Transformer>, &[Vec<usize>], usize) -> MicroBatch + Sync,
             impl FnMut(&Learner, usize) -> Result<Map<String, Value>, TrainError>,
             impl Fn(usize) -> String,
         >,
@@ -155,7 +164,7 @@ impl Stage<'_> {
             let (micro, reference) = (&calls.micro, learner.reference.clone());
             let step = || {
                 Ok::<_, TrainError>(learner.step(batches.len(), learning_rate, |model, index| {
-                    micro(model, reference.as_ref(), &batches[index])
+                    micro(model, reference.as_ref(), &batches, index)
                 }))
             };
             let outcome = within_memory(step, || self.shortage(done.step, &batches, &calls.row))?;
@@ -206,7 +215,7 @@ impl Stage<'_> {
                 // Work that a device still owes from this step comes due when weights are read.
                 let save = || {
                     let keep = place.saving.keep;
-                    checkpoint::save(place.checkpoints, keep, learner, &position, place.base)
+                    checkpoint::save(place.checkpoints, keep, learner, &position, place.beside)
                 };
                 within_memory(save, || self.shortage(done.step - 1, &batches, &calls.row))?;
             }
@@ -240,9 +249,9 @@ impl Stage<'_> {
                 self.unit
             ),
             lower: format!(
-                "`{0}.batch_size` (with as much more of `{0}.accumulation` a step stays the same) \
+                "`{0}.batch_size` (with as much more of `{0}.accumulation` a step sees the same {1}) \
                  or `data.max_length`, or set `gradient_checkpointing = true`",
-                self.name
+                self.name, self.unit
             ),
             rows: batches.concat().into_iter().map(row).collect(),
         }
@@ -319,7 +328,7 @@ impl Stage<'_> {
                     stale: 0,
                 });
                 let position = self.position(learner, done, place);
-                checkpoint::save_best(place.checkpoints, learner, &position, place.base)?;
+                checkpoint::save_best(place.checkpoints, learner, &position, place.beside)?;
             } else if let Some(best) = &mut done.best {
                 best.stale += 1;
             }

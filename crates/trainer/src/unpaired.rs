@@ -25,24 +25,49 @@ pub const UNPAIRED_METRICS: [&str; 6] = [
 /// Labelled completions as pairs of a completion and one that belongs to another prompt, from
 /// which KTO estimates the divergence; and the labels.
 ///
-/// As in TRL, completions move on by one prompt within each stretch of `batch_size` rows.
+/// As in TRL, completions move on by one prompt within each stretch of `batch_size` rows: of rows side
+/// by side that share a prompt, each gets one of the prompt before. What does not fit behind its new
+/// prompt within `max_length` tokens is cut.
 pub(crate) fn with_strangers(
     examples: Vec<LabelledExample>,
     batch_size: usize,
+    max_length: usize,
 ) -> (Vec<PreferencePair>, Vec<bool>) {
     let desirable = examples.iter().map(|example| example.desirable).collect();
     let mut pairs = Vec::with_capacity(examples.len());
-    // A stretch of one would pair a completion with itself.
-    for stretch in examples.chunks(batch_size.max(2)) {
-        for (place, example) in stretch.iter().enumerate() {
-            let before = (place + stretch.len() - 1) % stretch.len();
-            pairs.push(PreferencePair {
-                prompt_ids: example.prompt_ids.clone(),
-                chosen_ids: example.completion_ids.clone(),
-                rejected_ids: stretch[before].completion_ids.clone(),
-                row: example.row,
-            });
+    let mut left = &examples[..];
+    while !left.is_empty() {
+        // A stretch of one would pair a completion with itself: a last row alone joins those before.
+        let size = batch_size.max(2);
+        let size = if left.len() <= size + 1 {
+            left.len()
+        } else {
+            size
+        };
+        let (stretch, rest) = left.split_at(size);
+        let prompts: Vec<_> = stretch
+            .chunk_by(|a, b| a.prompt_ids == b.prompt_ids)
+            .collect();
+        for (place, prompt) in prompts.iter().enumerate() {
+            let before = prompts[(place + prompts.len() - 1) % prompts.len()];
+            // Where all rows share one prompt, nothing better is there than the row before.
+            let shift = if prompts.len() == 1 {
+                before.len() - 1
+            } else {
+                0
+            };
+            for (at, example) in prompt.iter().enumerate() {
+                let stranger = &before[(at + shift) % before.len()].completion_ids;
+                let room = max_length.saturating_sub(example.prompt_ids.len());
+                pairs.push(PreferencePair {
+                    prompt_ids: example.prompt_ids.clone(),
+                    chosen_ids: example.completion_ids.clone(),
+                    rejected_ids: stranger[..stranger.len().min(room.max(1))].to_vec(),
+                    row: example.row,
+                });
+            }
         }
+        left = rest;
     }
     (pairs, desirable)
 }
@@ -120,9 +145,14 @@ impl<'a> Labelled<'a> {
         for (place, name) in names.enumerate() {
             let (mut sum, mut weight) = (0.0, 0.0);
             for (chunk, values) in chunks.iter().zip(&outcomes) {
-                if !values[place].is_nan() {
-                    sum += f64::from(values[place]) * chunk.len() as f64;
-                    weight += chunk.len() as f64;
+                let share = match name.rsplit_once('/') {
+                    Some((_, "chosen")) => self.count(chunk, true),
+                    Some((_, "rejected")) => self.count(chunk, false),
+                    _ => chunk.len(),
+                };
+                if share > 0 {
+                    sum += f64::from(values[place]) * share as f64;
+                    weight += share as f64;
                 }
             }
             if weight > 0.0 {
@@ -130,6 +160,12 @@ impl<'a> Labelled<'a> {
             }
         }
         metrics
+    }
+
+    /// How many of these completions are desirable, or are not.
+    fn count(&self, indices: &[usize], desirable: bool) -> usize {
+        let is_so = |&&index: &&usize| self.desirable[index] == desirable;
+        indices.iter().filter(is_so).count()
     }
 
     fn batch(&self, indices: &[usize], strangers: bool, device: &Device) -> CompletionBatch {
@@ -221,19 +257,44 @@ fn pick(values: &[f32], indices: &[usize], device: &Device) -> Tensor<1> {
 mod tests {
     use super::*;
 
+    fn strangers(prompts: &[u32], batch_size: usize, max_length: usize) -> Vec<Vec<u32>> {
+        let examples = (10..).zip(prompts).map(|(id, &prompt)| LabelledExample {
+            prompt_ids: vec![prompt; 3],
+            completion_ids: vec![id; 4],
+            desirable: id % 2 == 0,
+            row: id as usize,
+        });
+        let (pairs, desirable) = with_strangers(examples.collect(), batch_size, max_length);
+        for (at, (pair, desirable)) in pairs.iter().zip(desirable).enumerate() {
+            assert_eq!((pair.row, desirable), (10 + at, at % 2 == 0));
+            assert_eq!(pair.chosen_ids, [10 + at as u32; 4]);
+            assert_eq!(pair.prompt_ids, [prompts[at]; 3]);
+        }
+        pairs.into_iter().map(|pair| pair.rejected_ids).collect()
+    }
+
     #[test]
     fn each_prompt_meets_the_completion_before_it_in_its_stretch() {
-        let examples = (0..5)
-            .map(|row| LabelledExample {
-                prompt_ids: vec![row],
-                completion_ids: vec![10 + row],
-                desirable: row % 2 == 0,
-                row: row as usize,
-            })
-            .collect();
-        let (pairs, desirable) = with_strangers(examples, 3);
-        let strangers: Vec<u32> = pairs.iter().map(|pair| pair.rejected_ids[0]).collect();
-        assert_eq!(strangers, [12, 10, 11, 14, 13]);
-        assert_eq!(desirable, [true, false, true, false, true]);
+        let firsts = |found: Vec<Vec<u32>>| found.iter().map(|ids| ids[0]).collect::<Vec<_>>();
+        assert_eq!(
+            firsts(strangers(&[0, 1, 2, 3, 4], 3, 9)),
+            [12, 10, 11, 14, 13]
+        );
+        // A last row alone would meet itself.
+        assert_eq!(firsts(strangers(&[0, 1, 2, 3], 3, 9)), [13, 10, 11, 12]);
+        // Both completions of a prompt, one after the other: none meets its own prompt's.
+        assert_eq!(
+            firsts(strangers(&[0, 0, 1, 1, 2, 2], 6, 9)),
+            [14, 15, 10, 11, 12, 13]
+        );
+        // One prompt alone.
+        assert_eq!(firsts(strangers(&[0, 0, 0], 8, 9)), [12, 10, 11]);
+        assert!(strangers(&[], 8, 9).is_empty());
+    }
+
+    #[test]
+    fn a_stranger_is_no_longer_than_there_is_room() {
+        assert_eq!(strangers(&[0, 1], 2, 5), [[11; 2], [10; 2]]);
+        assert_eq!(strangers(&[0, 1], 2, 7), [[11; 4], [10; 4]]);
     }
 }

@@ -693,3 +693,170 @@ fn every_recipe_of_the_repository_runs_at_tiny_scale() {
     }
     assert!(seen > 0);
 }
+
+#[test]
+fn fine_tuning_by_parts_of_a_step_is_fine_tuning_at_once() {
+    /// Sums in another order, over three dozen steps of a rate of 1e-3.
+    const ROUNDING: f64 = 1e-4;
+    let run = |batches: &str| {
+        let (_folder, recipe, out) = place(&[("batch_size = 2\naccumulation = 2", batches)]);
+        succeed(&mut train(&recipe, &out));
+        let lines = metrics(&out).into_iter();
+        lines
+            .filter(|line| line["stage"] == "sft")
+            .collect::<Vec<_>>()
+    };
+    let parts = run("batch_size = 1\naccumulation = 4");
+    let whole = run("batch_size = 4\naccumulation = 1");
+    assert_eq!(parts.len(), 24);
+    for (part, whole) in parts.iter().zip(&whole) {
+        for name in ["loss", "grad_norm", "entropy", "mean_token_accuracy"] {
+            let (part, whole) = (part[name].as_f64().unwrap(), whole[name].as_f64().unwrap());
+            let gap = (part - whole).abs();
+            assert!(
+                gap < ROUNDING * (1.0 + whole.abs()),
+                "{name}: {part} {whole}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_checkpoint_is_a_folder_that_other_commands_read() {
+    let (folder, recipe, out) = with("beta = 0.7");
+    succeed(&mut train(&recipe, &out));
+    let checkpoint = out.join("checkpoints/preference-000020");
+    let samples = folder.path().join("samples.jsonl");
+    let mut sample = r2q();
+    sample.args(["sample", "--memo-prompts", "2"]);
+    sample
+        .arg("--policy")
+        .arg(&checkpoint)
+        .arg("--out")
+        .arg(&samples);
+    succeed(&mut sample);
+    assert_eq!(std::fs::read_to_string(samples).unwrap().lines().count(), 2);
+    for policy in [checkpoint, out.join("model")] {
+        let beta = trainer::beta_of_run(&policy).unwrap();
+        assert!((beta.get() - 0.7).abs() < 1e-12);
+    }
+    let beta = trainer::beta_of_run(&testdata("lm/gpt2")).unwrap();
+    assert!((beta.get() - 0.1).abs() < 1e-12, "no run's");
+}
+
+#[test]
+fn a_tokenizer_with_templates_of_their_own_files_is_kept_with_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_folder(folder.path(), "llama_tied");
+    let template = "additional_chat_templates/tool_use.jinja";
+    std::fs::create_dir(model.join("additional_chat_templates")).unwrap();
+    write(&model, template, "{{ messages }}");
+    let texts = write(
+        folder.path(),
+        "texts.jsonl",
+        "{\"prompt\": \"the den\", \"completion\": \" so\"}\n",
+    );
+    let pairs = testdata("trl/pairs.jsonl");
+    let text = format!(
+        "name = \"x\"\n[model]\npath = {model:?}\n[data]\nmax_length = 64\ntrain = {pairs:?}\n\
+         sft = {texts:?}\n[sft]\n[preference]\nmax_steps = 1\n"
+    );
+    let recipe = write(folder.path(), "x.toml", text);
+    let out = folder.path().join("run");
+    succeed(&mut train(&recipe, &out));
+    for place in ["sft", "checkpoints/preference-000001", "model"] {
+        assert!(out.join(place).join(template).is_file(), "{place}");
+    }
+    // Its digest is looked at as that of every other file.
+    std::fs::remove_dir_all(out.join("model")).unwrap();
+    let said = succeed(train(&recipe, &out).arg("--resume"));
+    assert!(
+        said.contains("preference-000001") && !said.contains("passed over"),
+        "{said}"
+    );
+    write(&out.join("sft"), template, "other");
+    std::fs::remove_dir_all(out.join("model")).unwrap();
+    let said = succeed(train(&recipe, &out).arg("--resume"));
+    assert!(said.contains("passed over"), "{said}");
+}
+
+#[test]
+fn what_is_set_and_changes_nothing_is_said_and_kept_in_the_summary() {
+    let (_folder, recipe, out) = with("objective = { label_smoothing = 0.1, simpo_gamma = 0.7 }");
+    let said = succeed(&mut train(&recipe, &out));
+    let warnings = summary(&out)["warnings"].clone();
+    for (at, name) in ["label_smoothing = 0.1", "simpo_gamma = 0.7"]
+        .iter()
+        .enumerate()
+    {
+        assert!(said.contains(&format!("warning: {name}")), "{said}");
+        assert!(warnings[at].as_str().unwrap().contains(name), "{warnings}");
+    }
+}
+
+#[test]
+fn a_file_of_which_an_epoch_shows_nothing_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_folder(folder.path(), "llama_tied");
+    let data = testdata("trl/pairs.jsonl");
+    let text = format!(
+        "name = \"x\"\n[model]\npath = {model:?}\n[data]\n\
+         train = [{{ path = {data:?} }}, {{ path = {data:?}, weight = 1e-3 }}]\n"
+    );
+    let recipe = write(folder.path(), "x.toml", text);
+    let out = folder.path().join("run");
+    let said = fail(&mut train(&recipe, &out));
+    assert!(
+        said.contains("0.001") && said.contains("pairs.jsonl"),
+        "{said}"
+    );
+    assert!(!out.exists());
+}
+
+#[test]
+fn completions_of_other_prompts_stay_within_the_models_window() {
+    // Positions of this family are rows of a table, of which there are 128.
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_folder(folder.path(), "gpt2");
+    let row = |prompt: usize, completion: usize, label: bool| {
+        let text = |n: usize| " the den".repeat(n);
+        format!(
+            "{{\"prompt\": \"so{}\", \"completion\": \"{}\", \"label\": {label}}}\n",
+            text(prompt),
+            text(completion)
+        )
+    };
+    let data = write(
+        folder.path(),
+        "labels.jsonl",
+        [row(1, 40, true), row(40, 1, false)].concat(),
+    );
+    let tokenizer = lm::tokenizer::Tokenizer::from_folder(&model).unwrap();
+    let n = tokenizer.encode(&" the den".repeat(40)).unwrap().len();
+    assert!(
+        (64..120).contains(&n),
+        "twice that is more than the window: {n}"
+    );
+    let text = format!(
+        "name = \"x\"\n[model]\npath = {model:?}\n[data]\ntrain = {data:?}\n\
+         [preference]\nunpaired = {{}}\n"
+    );
+    let recipe = write(folder.path(), "x.toml", text);
+    let out = folder.path().join("run");
+    succeed(&mut train(&recipe, &out));
+    let lines = metrics(&out);
+    assert!(lines.iter().any(|line| line.contains_key("kl")));
+}
+
+#[test]
+fn a_run_is_named_after_its_models_folder_whatever_that_is_called() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_folder(folder.path(), "llama_tied");
+    let odd = folder.path().join(".my model (2)");
+    std::fs::rename(&model, &odd).unwrap();
+    let data = testdata("trl/pairs.jsonl");
+    let mut command = common::train_on(Path::new("."), &data, &folder.path().join("run"));
+    succeed(command.current_dir(&odd));
+    let recipe = Recipe::read(&folder.path().join("run/recipe.toml")).unwrap();
+    assert_eq!(recipe.name, "my-model--2-");
+}

@@ -68,16 +68,18 @@ pub(crate) struct SearchArgs {
     /// How much of the reference's log-probability `mix` subtracts.
     #[arg(long, allow_negative_numbers = true, default_value_t = 0.5)]
     reference_weight: f64,
-    /// Reward units per nat, for the implicit reward that is reported.
-    #[arg(long, allow_negative_numbers = true, default_value_t = 0.1)]
-    beta: f64,
+    /// Reward units per nat, for the implicit reward that is reported [default: of the run that the
+    /// policy lies in, or 0.1].
+    #[arg(long, allow_negative_numbers = true)]
+    beta: Option<f64>,
     /// The most tokens of a completion.
     #[arg(long, default_value_t = 64)]
     max_new_tokens: usize,
     /// The fewest tokens before an end.
     #[arg(long, default_value_t = 0)]
     min_new_tokens: usize,
-    /// Consider only the tokens likeliest under the policy at each state.
+    /// Consider only the tokens likeliest under the policy at each state [default: all; 50 for lookahead
+    /// and mcts, which hold a node for each, but for the soft backup].
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
     /// A text that ends a completion, in the tokens that the tokenizer gives it; may be repeated.
@@ -166,7 +168,10 @@ impl SearchArgs {
         if needs_reference && self.reference.is_none() {
             bail!("--score {}: needs --reference DIR", name_of(self.score));
         }
-        let beta = Beta::new(self.beta).context("--beta")?;
+        let beta = match self.beta {
+            Some(beta) => Beta::new(beta).context("--beta")?,
+            None => trainer::beta_of_run(&self.policy)?,
+        };
         let device = device(&self.device)?;
         let policy = Policy::read(&self.policy, &device)?;
         let read = |folder: &Option<PathBuf>| {
@@ -178,6 +183,17 @@ impl SearchArgs {
         let (reference, expert) = (read(&self.reference)?, read(&self.expert)?);
         let anti_expert = read(&self.anti_expert)?;
         let prompts = self.prompts(&policy)?;
+        // A prompt that some model cannot read is told now, and not after the searches before it.
+        let models = [
+            Some(&policy),
+            reference.as_ref(),
+            expert.as_ref(),
+            anti_expert.as_ref(),
+        ];
+        for Policy { model, .. } in models.into_iter().flatten() {
+            let config = model.config();
+            config.check_prompts(&prompts.ids, self.max_new_tokens)?;
+        }
         let cache = |model| {
             let cache = PrefixCache::new(model);
             match self.cache_mib {
@@ -220,7 +236,7 @@ impl SearchArgs {
                     },
                 },
                 beta,
-                top_k: self.top_k,
+                top_k: self.top_k(),
                 constraints: Constraints {
                     stop: stop.clone(),
                     banned: self.ban.clone(),
@@ -237,6 +253,7 @@ impl SearchArgs {
                 ..Request::new(&ids[..], policy.tokenizer.eos_ids(), self.max_new_tokens)
             };
             let output = plan
+                .seeded(number)
                 .search(&mut *model, &request)
                 .with_context(|| format!("prompt {number}, from 0"))?;
             seconds += output.stats.seconds;

@@ -37,7 +37,7 @@ pub(super) enum Stopping {
     Never,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum BackupName {
     Max,
     Soft,
@@ -67,7 +67,12 @@ const USED_BY: [(&str, &[Algorithm]); 16] = {
     ]
 };
 
+/// Tokens of a state for algorithms that hold a node for each, unless something else is asked for: a
+/// vocabulary of 150,000 would fill the memory in a few hundred states.
+const TOP_K: usize = 50;
+
 /// An algorithm with its settings, all of them in range.
+#[derive(Clone, Copy)]
 pub(super) enum Plan {
     Greedy,
     Sample(SampleConfig),
@@ -143,6 +148,16 @@ impl SearchArgs {
         Ok(plan)
     }
 
+    /// How many tokens are considered at each state; all, if it is not said.
+    pub(super) fn top_k(&self) -> Option<usize> {
+        let holds_all = match self.algorithm {
+            // Of soft values what is left out is lost: they would fall with every state opened.
+            Algorithm::Mcts => self.backup != BackupName::Soft,
+            algorithm => algorithm == Algorithm::Lookahead,
+        };
+        self.top_k.or(holds_all.then_some(TOP_K))
+    }
+
     fn settings(&self) -> Plan {
         let drawn = SampleConfig {
             n: self.n,
@@ -213,6 +228,21 @@ impl Plan {
             Self::Lookahead(config) => config.check(),
             Self::Mcts(config) => config.check(),
         }
+    }
+
+    /// The same with draws of its own for a prompt: equal prompts are not drawn alike, nor is the noise
+    /// of different ones.
+    pub(super) fn seeded(mut self, prompt: usize) -> Self {
+        let mix = |seed: &mut u64| *seed ^= (prompt as u64) << 32;
+        match &mut self {
+            Self::Sample(config) | Self::BestOfN(config) => mix(&mut config.seed),
+            Self::Mcts(MctsConfig {
+                root: RootChoice::Gumbel { seed, .. },
+                ..
+            }) => mix(seed),
+            _ => {}
+        }
+        self
     }
 
     /// Searches for one prompt.
