@@ -43,7 +43,7 @@ const PROGRAM: [Described; 8] = [
     ),
     (
         "reproduce",
-        "run an experiment on a claim of the paper: credit",
+        "run an experiment on a claim of the paper: credit, curves, beam, identification, first-error",
     ),
     (
         "devices",
