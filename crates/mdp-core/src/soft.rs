@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use crate::math::{exp_nonpositive, log_sum_exp};
+use crate::math::{exp_nonpositive, log_softmax, log_sum_exp};
 use crate::mdp::check_candidates;
 use crate::tabular::{check_finite, reserve};
 use crate::{ActionValue, Beta, MdpError, Node, TabularMdp, TabularPolicy, Tree};
@@ -14,7 +14,8 @@ use crate::{ActionValue, Beta, MdpError, Node, TabularMdp, TabularPolicy, Tree};
 /// moves, `V(s) = Σ_a p(a|s) (r(s,a) + V(s'))`.
 ///
 /// The largest term of each sum is taken out first, in reward units and before the division by β,
-/// so no reward and no β can overflow it unless the return itself does. Levels larger than a few
+/// so no reward can overflow it unless the return itself does, and no β whose inverse and whose
+/// product with the reference's logps are finite. Levels larger than a few
 /// thousand pairs are shared among the threads of the current rayon pool; the bits of the result do
 /// not depend on how many there are.
 ///
@@ -198,10 +199,15 @@ impl SoftSolution {
                 row.copy_from_slice(reference);
                 return;
             }
-            let value = self.soft_values[state];
+            // By the best action that may be taken and the row's own sum, not by V: its rounding, divided
+            // by a small β, would be no distribution's.
+            let possible = row.iter().zip(reference);
+            let possible = possible.filter(|(_, logp)| **logp > f64::NEG_INFINITY);
+            let best = possible.map(|(&q, _)| q).fold(f64::NEG_INFINITY, f64::max);
             for (q, logp) in row.iter_mut().zip(reference) {
-                *q = logp + (*q - value) * per_beta;
+                *q = logp + (*q - best) * per_beta;
             }
+            log_softmax(row);
         });
         TabularPolicy::from_checked(tree.clone(), logps)
     }
@@ -594,6 +600,21 @@ mod tests {
                     let expected = 0.5 * log_sum_exp(&terms);
                     assert!((solution.soft_values()[state] - expected).abs() < ROUNDING);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn the_optimal_policy_is_a_distribution_at_every_beta() {
+        for strength in [1e-17, 1e-9, 1e-3, 1.0, 1e9] {
+            // Values of some hundred, whose last bit is 1e-14, and then the rewards' difference.
+            let tree = Tree::new(3, 2, 1).unwrap();
+            let rewards = (0..tree.n_pairs()).map(|at| 100.0 + (at % 3) as f64 * 0.1);
+            let reference = TabularPolicy::uniform(tree.clone());
+            let mdp = TabularMdp::new(reference, rewards.collect()).unwrap();
+            let policy = solve(&mdp, beta(strength)).unwrap().optimal_policy();
+            for row in policy.logps().chunks_exact(3) {
+                assert!(log_sum_exp(row).abs() < ROUNDING, "{strength}: {row:?}");
             }
         }
     }

@@ -60,7 +60,7 @@ pub use learner::{
 pub use optimizer::{AdamW, FlatGradients};
 pub use order::{Order, Source};
 pub use page::Judged;
-pub use prepare::{Prepared, PreparedTask, prepare};
+pub use prepare::{Prepared, PreparedTask, prepare, same_tokens};
 pub use progress::Progress;
 pub use recipe::{
     BestRecipe, CheckpointRecipe, ContrastRecipe, DataRecipe, LoraRecipe, ModelRecipe,

@@ -76,12 +76,12 @@ pub struct PreparedTask {
 
 const TOKENIZER: &str = "tokenizer.json";
 
-/// An error unless every id means the same to both tokenizers, those of `owner` and another model.
-pub(crate) fn same_tokens(
-    owner: &str,
-    expected: &Tokenizer,
-    found: &Tokenizer,
-) -> Result<(), String> {
+/// Whether every id means the same to both tokenizers, those of `owner` and another model.
+///
+/// # Errors
+///
+/// The first id that does not, in words.
+pub fn same_tokens(owner: &str, expected: &Tokenizer, found: &Tokenizer) -> Result<(), String> {
     if expected.file(TOKENIZER) == found.file(TOKENIZER) {
         return Ok(());
     }

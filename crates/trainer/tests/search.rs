@@ -313,7 +313,10 @@ fn bad_input_is_one_line() {
             "--memo-prompts: expected at most",
         ),
         (&["--prompt", "a", "--ban", "99999999"], "99999999"),
-        (&["--prompt", "a", "--beta", "0"], "--beta"),
+        (
+            &["--prompt", "a", "--beta", "0.5"],
+            "--beta: is of the implicit reward",
+        ),
         (&["--prompt", "a", "--budget-seconds", "-1"], "-1"),
         (&["--prompt", "a", "--stop", ""], "stop"),
         (&["--top-k", "0"], "--top-k: expected at least 1, got 0"),
@@ -336,6 +339,57 @@ fn bad_input_is_one_line() {
     let mut command = search(&mine.join("out"), &["--prompt", "a"]);
     let said = fail(command.args(["--reference", "/nowhere"]));
     assert!(said.contains("mine/out: Not a directory"), "{said}");
+}
+
+#[test]
+fn a_prompt_that_is_too_long_is_told_before_the_others_are_searched() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let long = " in".repeat(400);
+    let lines = format!("{{\"prompt\": \" in\"}}\n{{\"prompt\": \"{long}\"}}\n");
+    let data = write(folder.path(), "prompts.jsonl", lines);
+    let said = fail(search(&out, &[]).arg("--data").arg(&data));
+    assert!(said.contains("prompt 1 has 4"), "{said}");
+    let beta = ["--prompt", " in", "--beta", "0", "--reference"];
+    let said = fail(search(&out, &beta).arg(sft()));
+    assert!(said.contains("--beta"), "{said}");
+}
+
+#[test]
+fn equal_prompts_are_not_drawn_alike() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out");
+    let data = write(
+        folder.path(),
+        "prompts.jsonl",
+        "{\"prompt\": \" in\"}\n".repeat(2),
+    );
+    let flags = ["--algorithm", "sample", "--n", "2", "--temperature", "3"];
+    succeed(search(&out, &flags).arg("--data").arg(&data));
+    let rows = rows(&out);
+    assert_ne!(rows[0]["completions"], rows[1]["completions"]);
+}
+
+#[test]
+fn searches_that_hold_every_token_consider_fifty_unless_told_otherwise() {
+    let folder = tempfile::tempdir().unwrap();
+    let flags = ["--algorithm", "mcts", "--simulations", "4"];
+    let covered = |name: &str, more: &[&str]| -> Vec<f64> {
+        let rows = found(&folder.path().join(name), &[&flags[..], more].concat());
+        let covered = |row: &Value| row["stats"]["covered_mass"].as_f64().unwrap();
+        rows.iter().map(covered).collect()
+    };
+    let (fifty, all) = (
+        covered("fifty", &[]),
+        covered("all", &["--top-k", "100000"]),
+    );
+    let said = covered("said", &["--top-k", "50"]);
+    let same = |a: &[f64], b: &[f64]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < SAME);
+    assert!(
+        same(&fifty, &said) && fifty.iter().all(|&mass| mass < 1.0 - SAME),
+        "{fifty:?}"
+    );
+    assert!(same(&all, &[1.0; PROMPTS]), "{all:?}");
 }
 
 #[cfg(unix)]

@@ -21,6 +21,17 @@ const RELATIVE: f64 = 1e-3;
 /// Values near zero are compared absolutely: rewards are differences of logps of size 50.
 const ABSOLUTE: f64 = 2e-5;
 
+/// Runs of the file that the project ships.
+const RUNS: [&str; 7] = [
+    "main",
+    "ipo_warmup_linear_wd_accum",
+    "clip_off",
+    "cosine_mpo",
+    "max_length_16_keep_start",
+    "max_length_drop",
+    "sync_ref",
+];
+
 struct Golden {
     folder: PathBuf,
     file: Value,
@@ -49,17 +60,33 @@ fn ids(value: &Value) -> Vec<u32> {
         .collect()
 }
 
-fn pairs(file: &Value) -> Vec<PreferencePair> {
-    let rows = file["tokenized_pairs"].as_array().unwrap();
-    rows.iter()
-        .enumerate()
-        .map(|(row, pair)| PreferencePair {
-            prompt_ids: ids(&pair["prompt_ids"]),
-            chosen_ids: ids(&pair["chosen_ids"]),
-            rejected_ids: ids(&pair["rejected_ids"]),
+/// The pairs that a run sees: without those whose prompt fills its `max_length`, and cut to it.
+fn pairs(file: &Value, run: &Value) -> Vec<PreferencePair> {
+    let max_length = run["config"]["max_length"].as_u64().unwrap() as usize;
+    let rows = file["tokenized_pairs"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .enumerate();
+    let pairs = rows.filter_map(|(row, pair)| {
+        let prompt_ids = ids(&pair["prompt_ids"]);
+        let room = max_length
+            .checked_sub(prompt_ids.len())
+            .filter(|&room| room > 0)?;
+        let cut = |name: &str| ids(&pair[name]).into_iter().take(room).collect();
+        Some(PreferencePair {
+            chosen_ids: cut("chosen_ids"),
+            rejected_ids: cut("rejected_ids"),
+            prompt_ids,
             row,
         })
-        .collect()
+    });
+    let pairs: Vec<_> = pairs.collect();
+    if !run["kept_pair_indices"].is_null() {
+        let kept: Vec<u32> = pairs.iter().map(|pair| pair.row as u32).collect();
+        assert_eq!(kept, ids(&run["kept_pair_indices"]));
+    }
+    pairs
 }
 
 fn optimizer(config: &Value) -> OptimizerRecipe {
@@ -120,7 +147,7 @@ fn reproduce(golden: &Golden, run: &str) {
     let run_value = &golden.file["runs"][run];
     let config = &run_value["config"];
     let steps = run_value["steps"].as_array().unwrap();
-    let pairs = pairs(&golden.file);
+    let pairs = pairs(&golden.file, run_value);
     let device = Device::default();
     let weights = golden.file["initial_weights"].as_str().unwrap();
     let initial = Transformer::read(&golden.folder.join(weights), &device).unwrap();
@@ -131,9 +158,16 @@ fn reproduce(golden: &Golden, run: &str) {
     let batch_size = config["per_device_train_batch_size"].as_u64().unwrap() as usize;
     let accumulation = config["gradient_accumulation_steps"].as_u64().unwrap() as usize;
     let mut learner = Learner::new(initial.clone(), AdamW::new(&recipe));
-    let reference = initial.train();
+    let synced = config["sync_ref_model"].as_bool().unwrap_or(false);
+    learner.reference = synced.then(|| initial.clone());
     let mut n_tokens = 0;
     for (step, expected) in steps.iter().enumerate() {
+        let reference = learner
+            .reference
+            .as_ref()
+            .unwrap_or(&initial)
+            .clone()
+            .train();
         let learning_rate = recipe.learning_rate_at(step, steps.len());
         let outcome = learner.step(accumulation, learning_rate, |model, micro| {
             let next = (step * accumulation + micro) * batch_size;
@@ -153,6 +187,11 @@ fn reproduce(golden: &Golden, run: &str) {
                 Activations::Keep,
             )
         });
+        if synced
+            && (step as u64 + 1).is_multiple_of(config["ref_model_sync_steps"].as_u64().unwrap())
+        {
+            learner.sync_reference(config["ref_model_mixup_alpha"].as_f64().unwrap());
+        }
         let at = |what: &str| format!("{run} step {} {what}", step + 1);
         assert!(outcome.updated);
         assert_close(outcome.loss, &expected["loss"], &at("loss"));
@@ -184,13 +223,11 @@ fn reproduce(golden: &Golden, run: &str) {
 
 #[test]
 fn a_dpo_run_reproduces_every_figure_of_trl() {
-    for golden in goldens() {
-        // Every file has the first two.
-        reproduce(&golden, "main");
-        reproduce(&golden, "ipo_warmup_linear_wd_accum");
-        for run in ["clip_off", "cosine_mpo"] {
-            if !golden.file["runs"][run].is_null() {
-                reproduce(&golden, run);
+    for (at, golden) in goldens().iter().enumerate() {
+        for run in RUNS {
+            // Another file has some of them.
+            if at == 0 || !golden.file["runs"][run].is_null() {
+                reproduce(golden, run);
             }
         }
     }

@@ -14,7 +14,7 @@ use mdp_core::Beta;
 use report::{Card, FoundCompletion, SearchNode, SearchedPrompt, search_page};
 use search::{Budget, Constraints, PrefixModel, ProxyTuned, Request, Score, SearchOutput, Stopped};
 use serde_json::{Value, json};
-use trainer::{Policy, PromptSource, Prompts, device};
+use trainer::{Policy, PromptSource, Prompts, device, same_tokens};
 
 use super::{check_new_folder, stop_on_ctrl_c, write_rows};
 use plan::{Algorithm, BackupName, ScoreName, Stopping};
@@ -366,6 +366,8 @@ fn other(folder: &Path, policy: &Policy, device: &Device) -> anyhow::Result<Poli
             vocab(policy)
         );
     }
+    same_tokens("the policy", &policy.tokenizer, &other.tokenizer)
+        .map_err(|reason| anyhow::anyhow!("{}: {reason}", folder.display()))?;
     Ok(other)
 }
 

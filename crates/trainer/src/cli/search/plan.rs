@@ -104,6 +104,9 @@ impl SearchArgs {
                 name_of(self.score)
             );
         }
+        if given("beta") && self.reference.is_none() {
+            bail!("--beta: is of the implicit reward, which needs --reference DIR");
+        }
         if given("diversity_penalty") && self.groups < 2 {
             bail!("--diversity-penalty: keeps --groups apart, and there is one");
         }
