@@ -40,6 +40,9 @@ pub struct MicroBatch {
     pub names: Vec<&'static str>,
     /// One value for each name, without graph.
     pub values: Tensor<1>,
+    /// How much each value counts in the mean over a step's micro-batches; where there are none, all
+    /// micro-batches count alike.
+    pub weights: Vec<f64>,
     /// Tokens of prompts and completions.
     pub n_tokens: usize,
     /// The forward pass, where its blocks are to run again on the way back.
@@ -52,7 +55,7 @@ impl MicroBatch {
     pub fn weighted(self, weight: f64) -> Self {
         Self {
             loss: self.loss.mul_scalar(weight),
-            values: self.values.mul_scalar(weight),
+            weights: vec![weight; self.names.len()],
             ..self
         }
     }
@@ -163,7 +166,7 @@ impl Learner {
         let share = 1.0 / n as f64;
         let workers = self.workers.clone();
         let mut gradients = FlatGradients::default();
-        let mut metrics: Vec<(&'static str, f64, u32)> = Vec::new();
+        let mut metrics: Vec<(&'static str, f64, f64)> = Vec::new();
         let mut micro_losses = Vec::with_capacity(n);
         let mut n_tokens = 0;
         self.each_backward(n, micro, |result| {
@@ -171,19 +174,22 @@ impl Learner {
             workers.run(|| gradients.add(result.gradients));
             micro_losses.push(f64::from(result.values[0]));
             if metrics.is_empty() {
-                metrics = result.names.iter().map(|&name| (name, 0.0, 0)).collect();
+                metrics = result.names.iter().map(|&name| (name, 0.0, 0.0)).collect();
             }
-            for ((_, sum, n), &x) in metrics.iter_mut().zip(&result.values[1..]) {
+            let weights = result.weights.into_iter().chain(std::iter::repeat(1.0));
+            for (((_, sum, all), &x), weight) in
+                metrics.iter_mut().zip(&result.values[1..]).zip(weights)
+            {
                 // What a micro-batch has no example of, the others tell.
                 if !x.is_nan() {
-                    *sum += f64::from(x);
-                    *n += 1;
+                    *sum += weight * f64::from(x);
+                    *all += weight;
                 }
             }
         });
         let metrics = metrics
             .into_iter()
-            .map(|(name, sum, n)| (name, sum / f64::from(n)))
+            .map(|(name, sum, all)| (name, sum / all))
             .collect();
         let loss = micro_losses.iter().sum::<f64>() * share;
         // Handed over, not cloned: weights that nobody else holds are updated where they stand.
@@ -293,6 +299,7 @@ struct Backward {
     names: Vec<&'static str>,
     /// The loss, then a value for each name.
     values: Vec<f32>,
+    weights: Vec<f64>,
     n_tokens: usize,
 }
 
@@ -315,6 +322,7 @@ fn backward(model: &Transformer, batch: MicroBatch) -> Backward {
         gradients,
         names: batch.names,
         values,
+        weights: batch.weights,
         n_tokens: batch.n_tokens,
     }
 }
@@ -417,6 +425,7 @@ pub fn preference_micro_batch(
         loss: outcome.loss,
         names: outcome.names,
         values: outcome.values,
+        weights: Vec::new(),
         n_tokens: batch.n_tokens(),
         checkpointed,
     }
@@ -641,6 +650,7 @@ pub fn sft_micro_batch(
             vec![plain(stats.entropy).mean(), plain(stats.top1).mean()],
             0,
         ),
+        weights: Vec::new(),
         n_tokens: batch.n_tokens(),
         checkpointed,
     }

@@ -12,7 +12,7 @@ use crate::reference::ReferenceLogps;
 use crate::workers::Workers;
 
 /// Names of the metrics; `chosen` stands for desirable completions and `rejected` for the others,
-/// as in TRL. One that a micro-batch has no completion for is the mean over the others.
+/// as in TRL. Each is the mean over a step's completions of its kind.
 pub const UNPAIRED_METRICS: [&str; 6] = [
     "rewards/chosen",
     "rewards/rejected",
@@ -115,6 +115,9 @@ impl<'a> Labelled<'a> {
             loss,
             names: UNPAIRED_METRICS.to_vec(),
             values,
+            weights: UNPAIRED_METRICS
+                .map(|name| self.n_behind(name, indices) as f64)
+                .to_vec(),
             n_tokens: batch.n_tokens(),
             checkpointed,
         }
@@ -145,14 +148,10 @@ impl<'a> Labelled<'a> {
         for (place, name) in names.enumerate() {
             let (mut sum, mut weight) = (0.0, 0.0);
             for (chunk, values) in chunks.iter().zip(&outcomes) {
-                let share = match name.rsplit_once('/') {
-                    Some((_, "chosen")) => self.count(chunk, true),
-                    Some((_, "rejected")) => self.count(chunk, false),
-                    _ => chunk.len(),
-                };
-                if share > 0 {
-                    sum += f64::from(values[place]) * share as f64;
-                    weight += share as f64;
+                let n = self.n_behind(name, chunk);
+                if n > 0 {
+                    sum += f64::from(values[place]) * n as f64;
+                    weight += n as f64;
                 }
             }
             if weight > 0.0 {
@@ -162,10 +161,14 @@ impl<'a> Labelled<'a> {
         metrics
     }
 
-    /// How many of these completions are desirable, or are not.
-    fn count(&self, indices: &[usize], desirable: bool) -> usize {
-        let is_so = |&&index: &&usize| self.desirable[index] == desirable;
-        indices.iter().filter(is_so).count()
+    /// How many of these completions a metric is the mean over.
+    fn n_behind(&self, name: &str, indices: &[usize]) -> usize {
+        let desirable = indices.iter().filter(|&&index| self.desirable[index]);
+        match name.rsplit_once('/') {
+            Some((_, "chosen")) => desirable.count(),
+            Some((_, "rejected")) => indices.len() - desirable.count(),
+            _ => indices.len(),
+        }
     }
 
     fn batch(&self, indices: &[usize], strangers: bool, device: &Device) -> CompletionBatch {

@@ -4,15 +4,15 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use dpo_loss::{Beta, LossConfig, Objective, Objectives, PairLogps};
 use lm::data::PreferencePair;
 use lm::weights::HostTensor;
-use lm::{LlamaShape, ModelConfig, Transformer};
+use lm::{CompletionBatch, LlamaShape, ModelConfig, Transformer};
 use trainer::reference::{ReferenceLogps, pair_batch};
 use trainer::{
-    Activations, AdamW, Compared, Learner, OptimizerRecipe, Reference, Workers,
-    preference_micro_batch,
+    Activations, AdamW, Compared, Learner, MicroBatch, OptimizerRecipe, Reference, Workers,
+    preference_micro_batch, sft_micro_batch,
 };
 
 /// The same sums in another order, in f32, after three updates of 1e-3.
@@ -128,6 +128,26 @@ fn accumulation_weighs_pairs_of_unlike_length_otherwise_for_means_over_tokens() 
         let apart = apart(&trained(objective, 8, 1), &trained(objective, 1, 1));
         assert!(apart > 10.0 * ORDER_TOLERANCE, "{objective}: {apart}");
     }
+}
+
+#[test]
+fn metrics_are_means_by_what_each_micro_batch_has_of_them() {
+    let (pairs, device) = (pairs(), Device::default());
+    let mut learner = Learner::new(model(1), AdamW::new(&OptimizerRecipe::default()));
+    let values = [[2.0_f32, 1.0], [6.0, f32::NAN]];
+    let weights = [vec![3.0, 1.0], vec![1.0, 0.0]];
+    let outcome = learner.step(2, 1e-3, |model, micro| {
+        let pair = &pairs[micro];
+        let rows = [(&pair.prompt_ids[..], &pair.chosen_ids[..])];
+        let batch = CompletionBatch::new(&rows, &device);
+        MicroBatch {
+            names: vec!["a", "b"],
+            values: Tensor::from_floats(values[micro], &device),
+            weights: weights[micro].clone(),
+            ..sft_micro_batch(model, &batch, Activations::Keep)
+        }
+    });
+    assert_eq!(outcome.metrics, [("a", 3.0), ("b", 1.0)]);
 }
 
 #[test]

@@ -89,6 +89,7 @@ pub(super) fn train_all(
             loss: -log_sigmoid(margins).mean(),
             names: vec!["accuracy"],
             values: right,
+            weights: Vec::new(),
             n_tokens: batch.n_tokens(),
             checkpointed: None,
         }

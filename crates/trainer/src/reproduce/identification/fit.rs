@@ -177,6 +177,7 @@ pub(super) fn language_model(
                 loss: (logits * gradient).sum(),
                 names: vec!["loss"],
                 values: Tensor::<1>::from_floats([loss as f32], &model.device()).inner(),
+                weights: Vec::new(),
                 n_tokens: data.mdp.tree().n_states(),
                 checkpointed: None,
             }
