@@ -91,7 +91,7 @@ pub enum EarlyStopping {
     /// beat the worst completion.
     Estimate,
     /// `"never"`: the same, but with a length penalty above 0 the running prefix is judged by the
-    /// longest length it can reach. With no penalty and [`Score::Likelihood`] it stops only when
+    /// longest length it can reach. With no penalty and [`Score::Likelihood`](crate::Score::Likelihood) it stops only when
     /// nothing better can come.
     #[default]
     Never,
