@@ -173,16 +173,32 @@ impl MemoTask {
     /// `n` examples with distinct memos. Fewer examples of the same split and seed are a prefix of
     /// more.
     pub fn examples(&self, split: Split, n: usize, seed: u64) -> Vec<Example> {
-        self.collect(split, n, seed, Purpose::Examples, |memo, prompt, rng| {
-            let completion = self.sample(&memo, split, rng);
-            let prompt_ids = self.encode(&prompt);
-            Example {
-                memo,
-                prompt,
-                prompt_ids,
-                completion,
-            }
-        })
+        self.each_example(split, n, seed).collect()
+    }
+
+    /// [`MemoTask::examples`], drawn as they are asked for: what is not kept takes no memory.
+    pub fn each_example(
+        &self,
+        split: Split,
+        n: usize,
+        seed: u64,
+    ) -> impl Iterator<Item = Example> + '_ {
+        self.each(
+            split,
+            n,
+            seed,
+            Purpose::Examples,
+            move |memo, prompt, rng| {
+                let completion = self.sample(&memo, split, rng);
+                let prompt_ids = self.encode(&prompt);
+                Example {
+                    memo,
+                    prompt,
+                    prompt_ids,
+                    completion,
+                }
+            },
+        )
     }
 
     /// `n` labelled pairs with distinct memos. Fewer pairs of the same split and seed are a prefix
@@ -192,7 +208,12 @@ impl MemoTask {
     /// `σ(label_sharpness · (R_first − R_second))`: the Bradley-Terry model (eq. 1 of
     /// <https://arxiv.org/abs/2404.12358>) on the summed true reward.
     pub fn pairs(&self, split: Split, n: usize, seed: u64) -> Vec<Pair> {
-        self.collect(split, n, seed, Purpose::Pairs, |memo, prompt, rng| {
+        self.each_pair(split, n, seed).collect()
+    }
+
+    /// [`MemoTask::pairs`], drawn as they are asked for: what is not kept takes no memory.
+    pub fn each_pair(&self, split: Split, n: usize, seed: u64) -> impl Iterator<Item = Pair> + '_ {
+        self.each(split, n, seed, Purpose::Pairs, move |memo, prompt, rng| {
             let first = self.sample(&memo, split, rng);
             let second = loop {
                 let second = self.sample(&memo, split, rng);
@@ -227,28 +248,29 @@ impl MemoTask {
     }
 
     /// `n` items of distinct memos of a split.
-    fn collect<T>(
-        &self,
+    fn each<'a, T>(
+        &'a self,
         split: Split,
         n: usize,
         seed: u64,
         purpose: Purpose,
-        mut make: impl FnMut(Memo, String, &mut ChaCha8Rng) -> T,
-    ) -> Vec<T> {
+        make: impl Fn(Memo, String, &mut ChaCha8Rng) -> T + 'a,
+    ) -> impl Iterator<Item = T> + 'a {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(2 * split as u64 + purpose as u64);
         let mut seen = HashSet::with_capacity(n);
-        let mut items = Vec::with_capacity(n);
-        // There are some 5 thousand million memos, so a new one of the split is never far.
-        while items.len() < n {
-            let memo = self.draw_memo(&mut rng);
-            if Split::of(&memo) != split || !seen.insert(memo.clone()) {
-                continue;
-            }
+        let draw = move || {
+            // There are some 5 thousand million memos, so a new one of the split is never far.
+            let memo = loop {
+                let memo = self.draw_memo(&mut rng);
+                if Split::of(&memo) == split && seen.insert(memo.clone()) {
+                    break memo;
+                }
+            };
             let prompt = draw_prompt(&memo, &mut rng);
-            items.push(make(memo, prompt, &mut rng));
-        }
-        items
+            make(memo, prompt, &mut rng)
+        };
+        std::iter::repeat_with(draw).take(n)
     }
 
     fn draw_memo(&self, rng: &mut impl Rng) -> Memo {

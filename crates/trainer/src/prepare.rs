@@ -152,6 +152,13 @@ fn check_contrast(prepared: &Prepared, folder: &Path) -> Result<Result<(), Strin
         if let Err(reason) = same_tokens("the model", &prepared.tokenizer, &theirs) {
             return Ok(Err(reason));
         }
+        // Either may be padded, beyond what the tokenizer gives.
+        let (expected, got) = (prepared.tokenizer.vocab_size(), found.vocab_size);
+        if got < expected {
+            return Ok(Err(format!(
+                "expected a model of its tokenizer's {expected} tokens, got {got}"
+            )));
+        }
     } else {
         let expected = prepared.model.config().vocab_size;
         if found.vocab_size != expected {
@@ -228,33 +235,36 @@ fn prepare_task(
     };
     let n_sft = recipe.sft.as_ref().map_or(0, |_| numbers.sft_examples);
     let sft = || {
-        let examples = task.examples(Split::Sft, n_sft, recipe.seed);
-        let examples = examples.into_iter().enumerate();
-        let sft = examples.map(|(row, example)| SftExample {
+        let examples = task.each_example(Split::Sft, n_sft, recipe.seed);
+        let sft = examples.enumerate().map(|(row, example)| SftExample {
             prompt_ids: example.prompt_ids,
             completion_ids: example.completion.ids,
             row,
         });
         sft.collect()
     };
-    let pairs = |pairs: &[memo_task::Pair]| -> Vec<PreferencePair> {
+    let tokens = |row: usize, pair: &memo_task::Pair| PreferencePair {
+        prompt_ids: pair.prompt_ids.clone(),
+        chosen_ids: pair.chosen.ids.clone(),
+        rejected_ids: pair.rejected.ids.clone(),
+        row,
+    };
+    // Texts are not kept: their memory serves the next ones.
+    let train = || -> Vec<PreferencePair> {
+        let pairs = task.each_pair(Split::Train, numbers.train_pairs, recipe.seed);
         pairs
-            .iter()
             .enumerate()
-            .map(|(row, pair)| PreferencePair {
-                prompt_ids: pair.prompt_ids.clone(),
-                chosen_ids: pair.chosen.ids.clone(),
-                rejected_ids: pair.rejected.ids.clone(),
-                row,
-            })
+            .map(|(row, pair)| tokens(row, &pair))
             .collect()
     };
-    let train = || pairs(&task.pairs(Split::Train, numbers.train_pairs, recipe.seed));
     // A second of waiting before the first step, were they drawn one after the other; each split has
     // random numbers of its own.
     let (sft, mut train) = rayon::join(sft, train);
     let held_out = task.pairs(Split::Eval, numbers.eval_pairs, recipe.seed);
-    let mut eval = pairs(&held_out);
+    let mut eval: Vec<PreferencePair> = (0..)
+        .zip(&held_out)
+        .map(|(row, pair)| tokens(row, pair))
+        .collect();
     let mut desirable = None;
     if recipe.preference.unpaired.is_some() {
         let size = recipe.preference.batch_size;
