@@ -215,6 +215,10 @@ impl<M: PrefixModel> PrefixModel for Timed<M> {
         self.model.has_reference()
     }
 
+    fn has_rewards(&self) -> bool {
+        self.model.has_rewards()
+    }
+
     fn begin(&mut self, prompt: &[u32], max_new_tokens: usize) -> Result<(), SearchError> {
         self.model.begin(prompt, max_new_tokens)
     }

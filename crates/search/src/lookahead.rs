@@ -97,14 +97,14 @@ pub fn lookahead<M: PrefixModel + ?Sized>(
         root = next;
         space.retain(&[root]);
     }
-    space.stats.covered_mass = space.logp(root).exp();
     // Stopped on the way, or at a dead end: a completion that was seen is worth more than a prefix.
     let found = match space.end(root) {
         Some(_) => vec![root],
         None => look.met.nodes(),
     };
-    let found = if found.is_empty() { vec![root] } else { found };
-    Ok(space.finish(&found, None))
+    let found = found.first().copied().unwrap_or(root);
+    space.stats.covered_mass = space.logp(found).exp();
+    Ok(space.finish(&[found], None))
 }
 
 /// What was computed so far.
@@ -237,6 +237,9 @@ impl Look {
                     .collect();
                 let ends = rollouts(space, config, &starts, &mut self.streams)?;
                 for (node, ends) in nodes.into_iter().zip(ends) {
+                    for &end in ends.iter().filter(|&&end| space.end(end).is_some()) {
+                        self.met.add(space.score(end), end);
+                    }
                     let from = space.score(node);
                     let sum: f64 = ends.iter().map(|&end| space.score(end) - from).sum();
                     self.values.insert(node, sum / ends.len() as f64);

@@ -227,7 +227,7 @@ impl<'s, M: PrefixModel + ?Sized> Space<'s, M> {
         }
         if row.rewards.is_some() && !self.model.has_rewards() {
             return Err(SearchError::Rows {
-                table: "rewards, of a model that said it has none,",
+                table: "rewards (of a model whose `has_rewards` says none)",
                 expected: 0,
                 got: row.logps.len(),
             });

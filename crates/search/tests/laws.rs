@@ -698,7 +698,7 @@ fn answers_that_are_no_logps_are_refused_with_their_place() {
     assert!(full(&even).with_rewards(vec![0.0; 3]).is_err());
     // A token that the policy rules out needs no reference.
     let unsaid = with(&even, &even).with_rewards(vec![0.0; 2]).unwrap();
-    assert!(message(unsaid).contains("said it has none"));
+    assert!(message(unsaid).contains("`has_rewards` says none"));
     let rows = with(&[0.0, f64::NEG_INFINITY], &[-0.5, f64::NEG_INFINITY]);
     let output = greedy(&mut Fixed(rows), &request).unwrap();
     assert_close(output.completions[0].score, 1.5, IDENTITY);
@@ -1063,14 +1063,89 @@ fn the_mean_backup_writes_nothing_behind_a_dead_end() {
             processor: Some(&dead_end),
             ..Constraints::default()
         },
+        keep_tree: true,
         ..Request::new([], [2], 2)
     };
     let config = MctsConfig {
         backup: Backup::Mean,
         ..MctsConfig::default()
     };
-    let output = mcts(&mut Policies::new(&TwoRoads), &request, &config, Leaf::Zero).unwrap();
-    assert_eq!(output.completions[0].tokens, [1, 2]);
+    for root in [
+        RootChoice::Puct,
+        RootChoice::Gumbel {
+            considered: 2,
+            seed: 3,
+        },
+    ] {
+        let config = MctsConfig { root, ..config };
+        let output = mcts(&mut Policies::new(&TwoRoads), &request, &config, Leaf::Zero).unwrap();
+        assert_eq!(output.completions[0].tokens, [1, 2]);
+        // It is seen to be one at the first visit, and no second is made.
+        let tree = output.tree.unwrap();
+        let dead = tree
+            .nodes
+            .iter()
+            .find(|node| node.parent == Some(0) && node.token == Some(0));
+        assert_eq!(dead.unwrap().visits, 1);
+    }
+}
+
+#[test]
+fn a_road_with_dead_ends_alone_is_one() {
+    // All ways on from the likely road are closed, one token later.
+    let dead_ends = |state: &[u32], logps: &mut [f64]| match state {
+        [0, _] => logps.fill(f64::NEG_INFINITY),
+        [1] => logps.copy_from_slice(&[f64::NEG_INFINITY, f64::NEG_INFINITY, 0.0]),
+        _ => {}
+    };
+    let request = Request {
+        constraints: Constraints {
+            processor: Some(&dead_ends),
+            ..Constraints::default()
+        },
+        keep_tree: true,
+        ..Request::new([], [2], 3)
+    };
+    for backup in [Backup::Max, Backup::Soft, Backup::Mean] {
+        let config = MctsConfig {
+            backup,
+            ..MctsConfig::default()
+        };
+        let output = mcts(&mut Policies::new(&TwoRoads), &request, &config, Leaf::Zero).unwrap();
+        assert_eq!(output.completions[0].tokens, [1, 2], "{backup:?}");
+        let tree = output.tree.unwrap();
+        let dead = tree
+            .nodes
+            .iter()
+            .find(|node| node.parent == Some(0) && node.token == Some(0));
+        assert!(
+            dead.unwrap().visits <= 3,
+            "{backup:?}: the road and its two ends"
+        );
+    }
+}
+
+#[test]
+fn a_stopped_best_first_search_returns_a_prefix_that_can_go_on() {
+    let dead_end = |state: &[u32], logps: &mut [f64]| {
+        if state == [0] {
+            logps.fill(f64::NEG_INFINITY);
+        }
+    };
+    let request = Request {
+        constraints: Constraints {
+            processor: Some(&dead_end),
+            ..Constraints::default()
+        },
+        budget: Budget {
+            tokens: Some(2),
+            ..Budget::default()
+        },
+        ..Request::new([], [2], 2)
+    };
+    let config = BestFirstConfig::default();
+    let output = best_first(&mut Policies::new(&TwoRoads), &request, &config).unwrap();
+    assert_eq!(output.completions[0].tokens, [1]);
 }
 
 #[test]

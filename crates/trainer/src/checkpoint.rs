@@ -396,7 +396,6 @@ impl Write for HashWriter<'_> {
     }
 }
 
-/// Errors inside the closure that fills a checkpoint.
 /// Why [`write_whole`] could not fill a folder.
 pub(crate) enum FolderError {
     Io(std::io::Error),

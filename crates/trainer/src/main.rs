@@ -297,8 +297,11 @@ fn run_train(args: &TrainArgs) -> anyhow::Result<()> {
 
 /// The name of a run on the model of a folder: the folder's, in the characters that a name may have.
 fn run_name(model: &Path) -> String {
-    // `.` and `..` have a name too.
-    let whole = std::fs::canonicalize(model).unwrap_or_else(|_| model.to_path_buf());
+    // `.` and `..` have a name too; a link has its own.
+    let whole = match model.file_name() {
+        Some(_) => model.to_path_buf(),
+        None => std::fs::canonicalize(model).unwrap_or_default(),
+    };
     let name = whole.file_name().unwrap_or_default().to_string_lossy();
     let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let name: String = name

@@ -266,7 +266,9 @@ fn begin_folder(
         .map_err(TrainError::io(&path))?;
     if old.trim_end() != inputs {
         if resume {
-            return refuse("its data or model have changed since the run began; begin a new run");
+            return refuse(
+                "its data or model have changed since the run began, or another version read them; begin a new run",
+            );
         }
         lock.set_len(0)
             .and_then(|()| writeln!(lock, "{inputs}"))

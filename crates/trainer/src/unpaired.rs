@@ -26,8 +26,8 @@ pub const UNPAIRED_METRICS: [&str; 6] = [
 /// which KTO estimates the divergence; and the labels.
 ///
 /// As in TRL, completions move on by one prompt within each stretch of `batch_size` rows: of rows side
-/// by side that share a prompt, each gets one of the prompt before. What does not fit behind its new
-/// prompt within `max_length` tokens is cut.
+/// by side that share a prompt, each gets one of the prompt before. A stretch goes on until it has two
+/// prompts. What does not fit behind its new prompt within `max_length` tokens is cut.
 pub(crate) fn with_strangers(
     examples: Vec<LabelledExample>,
     batch_size: usize,
@@ -35,27 +35,16 @@ pub(crate) fn with_strangers(
 ) -> (Vec<PreferencePair>, Vec<bool>) {
     let desirable = examples.iter().map(|example| example.desirable).collect();
     let mut pairs = Vec::with_capacity(examples.len());
-    let mut left = &examples[..];
-    while !left.is_empty() {
-        // A stretch of one would pair a completion with itself: a last row alone joins those before.
-        let size = batch_size.max(2);
-        let size = if left.len() <= size + 1 {
-            left.len()
-        } else {
-            size
-        };
-        let (stretch, rest) = left.split_at(size);
-        let prompts: Vec<_> = stretch
-            .chunk_by(|a, b| a.prompt_ids == b.prompt_ids)
-            .collect();
+    for stretch in stretches(&examples, batch_size) {
+        let prompts: Vec<_> = stretch.chunk_by(is_of_one_prompt).collect();
         for (place, prompt) in prompts.iter().enumerate() {
-            let before = prompts[(place + prompts.len() - 1) % prompts.len()];
-            // Where all rows share one prompt, nothing better is there than the row before.
-            let shift = if prompts.len() == 1 {
-                before.len() - 1
-            } else {
-                0
-            };
+            // Round the stretch, to the nearest that is another's; if all are of one, its own rows.
+            let before = (1..=prompts.len())
+                .map(|back| prompts[(place + prompts.len() - back) % prompts.len()])
+                .find(|before| !is_of_one_prompt(&before[0], &prompt[0]))
+                .unwrap_or(prompt);
+            let is_own = is_of_one_prompt(&before[0], &prompt[0]);
+            let shift = if is_own { before.len() - 1 } else { 0 };
             for (at, example) in prompt.iter().enumerate() {
                 let stranger = &before[(at + shift) % before.len()].completion_ids;
                 let room = max_length.saturating_sub(example.prompt_ids.len());
@@ -67,9 +56,39 @@ pub(crate) fn with_strangers(
                 });
             }
         }
-        left = rest;
     }
     (pairs, desirable)
+}
+
+/// Rows of `size`, the last ones fewer; and more where they would be of one prompt.
+fn stretches(examples: &[LabelledExample], size: usize) -> Vec<&[LabelledExample]> {
+    let several = |rows: &[LabelledExample]| {
+        rows.windows(2)
+            .any(|two| !is_of_one_prompt(&two[0], &two[1]))
+    };
+    let (mut stretches, mut from) = (Vec::new(), 0);
+    while from < examples.len() {
+        let mut to = (from + size.max(2)).min(examples.len());
+        if !several(&examples[from..to]) {
+            let other = |row: &LabelledExample| !is_of_one_prompt(row, &examples[from]);
+            let found = examples[to..].iter().position(other);
+            to = found.map_or(examples.len(), |more| to + more + 1);
+        }
+        stretches.push(from..to);
+        from = to;
+    }
+    // Rows of one prompt are left only at the end, and join those before.
+    if let [.., before, last] = &mut stretches[..]
+        && !several(&examples[last.clone()])
+    {
+        before.end = last.end;
+        stretches.pop();
+    }
+    stretches.into_iter().map(|rows| &examples[rows]).collect()
+}
+
+fn is_of_one_prompt(a: &LabelledExample, b: &LabelledExample) -> bool {
+    a.prompt_ids == b.prompt_ids
 }
 
 /// Labelled completions with the reference's logps.
@@ -195,7 +214,12 @@ impl<'a> Labelled<'a> {
         objective: &UnpairedObjective,
         device: &Device,
     ) -> Tensor<1> {
-        if !objective.needs_kl() {
+        // A stranger of one token behind no prompt is predicted from nothing.
+        let says_something = |&index: &usize| {
+            let pair = &self.examples[index];
+            pair.prompt_ids.len() + pair.rejected_ids.len() > 1
+        };
+        if !objective.needs_kl() || !indices.iter().any(says_something) {
             return Tensor::zeros([1], device);
         }
         let batch = self.batch(indices, true, device);
@@ -290,6 +314,13 @@ mod tests {
             firsts(strangers(&[0, 0, 1, 1, 2, 2], 6, 9)),
             [14, 15, 10, 11, 12, 13]
         );
+        // However the stretches fall: they go on to the second prompt, and the last rows join those before.
+        assert_eq!(firsts(strangers(&[0, 0, 1, 1], 2, 9)), [12, 13, 10, 11]);
+        assert_eq!(
+            firsts(strangers(&[0, 0, 1, 1, 2, 2], 4, 9)),
+            [14, 15, 10, 11, 12, 13]
+        );
+        assert_eq!(firsts(strangers(&[0, 1, 0], 3, 9)), [11, 10, 11]);
         // One prompt alone.
         assert_eq!(firsts(strangers(&[0, 0, 0], 8, 9)), [12, 10, 11]);
         assert!(strangers(&[], 8, 9).is_empty());

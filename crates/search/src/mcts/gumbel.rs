@@ -42,11 +42,17 @@ impl<M: PrefixModel + ?Sized> Mcts<'_, '_, M> {
                 }
                 left -= n;
             }
-            let ranked = |(draw, child): (f64, NodeId)| draw + self.sigma(root, child);
+            let ranked = |(draw, child): (f64, NodeId)| match self.node(child).dead {
+                true => f64::NEG_INFINITY,
+                false => draw + self.sigma(root, child),
+            };
             drawn.sort_by(|&a, &b| ranked(b).total_cmp(&ranked(a)));
             drawn.truncate(drawn.len().div_ceil(2));
         }
-        Ok(drawn.first().map(|&(_, child)| child))
+        let winner = drawn.first().map(|&(_, child)| child);
+        Ok(winner
+            .filter(|&child| !self.node(child).dead)
+            .or_else(|| self.decide(root)))
     }
 
     /// Gumbel `AlphaZero`'s monotone transform of a token's Q.

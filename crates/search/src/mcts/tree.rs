@@ -21,6 +21,8 @@ pub(super) struct Node {
     pub(super) evaluated: bool,
     /// Whether everything below is known.
     solved: bool,
+    /// Whether no completion can be had below.
+    pub(super) dead: bool,
     /// `log π` of the last token, in nats.
     pub(super) logp: f64,
     /// Score of the last token, in nats.
@@ -45,6 +47,7 @@ impl Node {
             expanded: false,
             evaluated: terminal,
             solved: terminal,
+            dead: false,
             logp,
             step,
             reward: 0.0,
@@ -60,11 +63,6 @@ impl Node {
             evaluated: false,
             ..Self::new(0.0, 0.0, true)
         }
-    }
-
-    /// Whether nothing may follow it, though it is no completion.
-    fn is_stuck(&self) -> bool {
-        self.expanded && self.count == 0
     }
 
     pub(super) fn q(&self) -> f64 {
@@ -277,7 +275,7 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
 
     fn is_closed(&self, node: NodeId) -> bool {
         let node = self.node(node);
-        self.prunes_solved() && node.solved || node.is_stuck()
+        self.prunes_solved() && node.solved || node.dead
     }
 
     /// The child of the best value and prior among those that may be visited.
@@ -392,6 +390,11 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
                 }
             }
         }
+        for &node in frontier {
+            if self.node(node).count == 0 {
+                self.bury(node);
+            }
+        }
         let prunes_solved = self.prunes_solved();
         for node in frontier {
             let node = &mut self.nodes[node.index()];
@@ -403,6 +406,19 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
             node.total = node.value;
         }
         Ok(true)
+    }
+
+    /// Notes that no completion can be had below a prefix, and below those above that have no other way.
+    fn bury(&mut self, node: NodeId) {
+        let mut at = Some(node);
+        while let Some(node) = at {
+            let children = &self.nodes[self.node(node).children()];
+            if children.iter().any(|child| !child.dead) {
+                break;
+            }
+            self.nodes[node.index()].dead = true;
+            at = self.space.tree.parent(node);
+        }
     }
 
     /// Makes nodes of a state's candidates.
@@ -548,20 +564,13 @@ impl<'s, 'l, M: PrefixModel + ?Sized> Mcts<'s, 'l, M> {
     }
 
     /// The child to commit to.
-    fn decide(&self, root: NodeId) -> Option<NodeId> {
+    pub(super) fn decide(&self, root: NodeId) -> Option<NodeId> {
         if self.prunes_solved() {
             return self.best_child(root);
         }
-        let children = self.node(root).children();
         // Nothing is to be had behind a dead end, however often it was visited before that was known.
-        let rank = |at: usize| {
-            let node = &self.nodes[at];
-            if node.is_stuck() {
-                (0, f64::NEG_INFINITY)
-            } else {
-                (node.visits, node.q())
-            }
-        };
+        let children = self.node(root).children().filter(|&c| !self.nodes[c].dead);
+        let rank = |at: usize| (self.nodes[at].visits, self.nodes[at].q());
         let best = children.reduce(|a, b| {
             let ((visits_a, q_a), (visits_b, q_b)) = (rank(a), rank(b));
             if visits_b > visits_a || visits_b == visits_a && q_b > q_a {

@@ -115,7 +115,7 @@ pub(crate) struct SearchArgs {
     /// sample, best-of-n: keep the fewest likeliest tokens whose probability reaches this.
     #[arg(long, allow_negative_numbers = true, default_value_t = 1.0)]
     top_p: f64,
-    /// Seed of draws, and of the memo task's prompts.
+    /// Seed of draws and of Gumbel noise, each prompt's its own, and of the memo task's prompts.
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// mcts: simulations for each token, or in all with --at-end.
@@ -170,7 +170,9 @@ impl SearchArgs {
         }
         let beta = match self.beta {
             Some(beta) => Beta::new(beta).context("--beta")?,
-            None => trainer::beta_of_run(&self.policy)?,
+            None if self.reference.is_some() => trainer::beta_of_run(&self.policy)?,
+            // Nothing is reported in its units.
+            None => Beta::new(1.0)?,
         };
         let device = device(&self.device)?;
         let policy = Policy::read(&self.policy, &device)?;
@@ -190,9 +192,11 @@ impl SearchArgs {
             expert.as_ref(),
             anti_expert.as_ref(),
         ];
-        for Policy { model, .. } in models.into_iter().flatten() {
-            let config = model.config();
-            config.check_prompts(&prompts.ids, self.max_new_tokens)?;
+        for Policy { model, folder, .. } in models.into_iter().flatten() {
+            let checked = model
+                .config()
+                .check_prompts(&prompts.ids, self.max_new_tokens);
+            checked.with_context(|| folder.display().to_string())?;
         }
         let cache = |model| {
             let cache = PrefixCache::new(model);

@@ -158,7 +158,9 @@ impl SearchArgs {
             Algorithm::Mcts => self.backup != BackupName::Soft,
             algorithm => algorithm == Algorithm::Lookahead,
         };
-        self.top_k.or(holds_all.then_some(TOP_K))
+        // What is asked for by name is not cut.
+        let asked = self.gumbel.unwrap_or(0).max(self.width);
+        self.top_k.or(holds_all.then_some(TOP_K.max(asked)))
     }
 
     fn settings(&self) -> Plan {
