@@ -13,8 +13,8 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use search::{
     Backup, BeamConfig, BestFirstConfig, Budget, Commit, Constraints, EarlyStopping, End, Judge,
-    Leaf, LookaheadConfig, MctsConfig, NodeId, Policies, PrefixModel, PrefixTree, ProxyTuned,
-    Request, RootChoice, Rows, SampleConfig, Score, SearchError, SearchOutput, Stopped,
+    Leaf, LogitProcessor, LookaheadConfig, MctsConfig, NodeId, Policies, PrefixModel, PrefixTree,
+    ProxyTuned, Request, RootChoice, Rows, SampleConfig, Score, SearchError, SearchOutput, Stopped,
     TabularModel, beam_search, best_first, best_of_n, greedy, lookahead, mcts, sample,
 };
 
@@ -982,20 +982,27 @@ fn the_max_backup_keeps_the_best_rollout_and_the_mean_backup_their_mean() {
     assert!(mean < best - IDENTITY && mean > -20.0, "{mean} and {best}");
 }
 
-#[test]
-fn a_dead_end_is_no_completion_however_likely_its_prefix() {
-    let dead_end = |state: &[u32], logps: &mut [f64]| {
-        if state == [0] {
-            logps.fill(f64::NEG_INFINITY);
-        }
-    };
-    let request = Request {
+/// A request of at most so many tokens, the policy's logps changed on the way.
+fn two_roads(processor: LogitProcessor<'_>, max_new_tokens: usize) -> Request<'_> {
+    Request {
         constraints: Constraints {
-            processor: Some(&dead_end),
+            processor: Some(processor),
             ..Constraints::default()
         },
-        ..Request::new([], [2], 2)
-    };
+        ..Request::new([], [2], max_new_tokens)
+    }
+}
+
+/// Closes the likelier of two roads behind its first token.
+fn dead_end(state: &[u32], logps: &mut [f64]) {
+    if state == [0] {
+        logps.fill(f64::NEG_INFINITY);
+    }
+}
+
+#[test]
+fn a_dead_end_is_no_completion_however_likely_its_prefix() {
+    let request = two_roads(&dead_end, 2);
     for (backup, commit) in [
         (Backup::Max, Commit::AtEnd),
         (Backup::Max, Commit::EachToken),
@@ -1025,13 +1032,7 @@ fn where_every_road_is_a_dead_end_all_return_the_prefix_they_got_to() {
             logps.fill(f64::NEG_INFINITY);
         }
     };
-    let request = Request {
-        constraints: Constraints {
-            processor: Some(&closed),
-            ..Constraints::default()
-        },
-        ..Request::new([], [2], 2)
-    };
+    let request = two_roads(&closed, 2);
     let model = || Policies::new(&TwoRoads);
     let wide = LookaheadConfig {
         depth: usize::MAX,
@@ -1053,18 +1054,9 @@ fn where_every_road_is_a_dead_end_all_return_the_prefix_they_got_to() {
 
 #[test]
 fn the_mean_backup_writes_nothing_behind_a_dead_end() {
-    let dead_end = |state: &[u32], logps: &mut [f64]| {
-        if state == [0] {
-            logps.fill(f64::NEG_INFINITY);
-        }
-    };
     let request = Request {
-        constraints: Constraints {
-            processor: Some(&dead_end),
-            ..Constraints::default()
-        },
         keep_tree: true,
-        ..Request::new([], [2], 2)
+        ..two_roads(&dead_end, 2)
     };
     let config = MctsConfig {
         backup: Backup::Mean,
@@ -1099,12 +1091,8 @@ fn a_road_with_dead_ends_alone_is_one() {
         _ => {}
     };
     let request = Request {
-        constraints: Constraints {
-            processor: Some(&dead_ends),
-            ..Constraints::default()
-        },
         keep_tree: true,
-        ..Request::new([], [2], 3)
+        ..two_roads(&dead_ends, 3)
     };
     for backup in [Backup::Max, Backup::Soft, Backup::Mean] {
         let config = MctsConfig {
@@ -1127,21 +1115,12 @@ fn a_road_with_dead_ends_alone_is_one() {
 
 #[test]
 fn a_stopped_best_first_search_returns_a_prefix_that_can_go_on() {
-    let dead_end = |state: &[u32], logps: &mut [f64]| {
-        if state == [0] {
-            logps.fill(f64::NEG_INFINITY);
-        }
-    };
     let request = Request {
-        constraints: Constraints {
-            processor: Some(&dead_end),
-            ..Constraints::default()
-        },
         budget: Budget {
             tokens: Some(2),
             ..Budget::default()
         },
-        ..Request::new([], [2], 2)
+        ..two_roads(&dead_end, 2)
     };
     let config = BestFirstConfig::default();
     let output = best_first(&mut Policies::new(&TwoRoads), &request, &config).unwrap();
