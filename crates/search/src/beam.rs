@@ -91,7 +91,8 @@ pub enum EarlyStopping {
     /// beat the worst completion.
     Estimate,
     /// `"never"`: the same, but with a length penalty above 0 the running prefix is judged by the
-    /// longest length it can reach. With no penalty and [`Score::Likelihood`](crate::Score::Likelihood) it stops only when
+    /// longest length it can reach. With no penalty and
+    /// [`Score::Likelihood`](crate::Score::Likelihood) it stops only when
     /// nothing better can come.
     #[default]
     Never,
@@ -159,17 +160,10 @@ pub fn beam_search<M: PrefixModel + ?Sized>(
         let mut frontier: Vec<NodeId> = groups.iter().flat_map(|g| &g.running).copied().collect();
         frontier.sort_unstable();
         frontier.dedup();
-        let Some(&first) = frontier.first() else {
+        let Some(best) = space.best_of(frontier.iter().copied()) else {
             break;
         };
-        let better = |a, &b| {
-            if space.score(b) > space.score(a) {
-                b
-            } else {
-                a
-            }
-        };
-        deepest = frontier.iter().fold(first, better);
+        deepest = best;
         space.retain(&frontier);
         let Some(expansion) = space.expand(&frontier, at_most)? else {
             break;
@@ -201,14 +195,7 @@ pub fn beam_search<M: PrefixModel + ?Sized>(
     best.extend(finished);
     let running = || groups.iter().flat_map(|group| &group.running).copied();
     if best.nodes().is_empty() {
-        let better = |a, b| {
-            if space.score(b) > space.score(a) {
-                b
-            } else {
-                a
-            }
-        };
-        let node = running().reduce(better).unwrap_or(deepest);
+        let node = space.best_of(running()).unwrap_or(deepest);
         best.add(space.score(node), node);
     }
     // A length penalty or a second group makes what was dropped incomparable.

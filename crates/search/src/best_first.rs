@@ -150,17 +150,7 @@ pub fn best_first<M: PrefixModel + ?Sized>(
     if found.is_empty() {
         // Stopped before anything was complete, or nothing can be: the most promising prefix is what
         // there is.
-        let unfinished = frontier.iter().copied();
-        found.extend(unfinished.reduce(|a, b| {
-            if space.score(b) > space.score(a) {
-                b
-            } else {
-                a
-            }
-        }));
-        if found.is_empty() {
-            found.extend(stuck);
-        }
+        found.extend(space.best_of(frontier.iter().copied()).or(stuck));
     }
     space.stats.covered_mass = 1.0 - lost;
     let bytes = open.capacity() * size_of::<Open>() + children.capacity() * size_of::<Candidate>();

@@ -98,11 +98,8 @@ pub fn lookahead<M: PrefixModel + ?Sized>(
         space.retain(&[root]);
     }
     // Stopped on the way, or at a dead end: a completion that was seen is worth more than a prefix.
-    let found = match space.end(root) {
-        Some(_) => vec![root],
-        None => look.met.nodes(),
-    };
-    let found = found.first().copied().unwrap_or(root);
+    let met = look.met.nodes().first().copied();
+    let found = met.filter(|_| space.end(root).is_none()).unwrap_or(root);
     space.stats.covered_mass = space.logp(found).exp();
     Ok(space.finish(&[found], None))
 }

@@ -120,6 +120,13 @@ impl<'s, M: PrefixModel + ?Sized> Space<'s, M> {
         self.scores[node.index()]
     }
 
+    /// The prefix of the highest score, the first among equals.
+    pub(crate) fn best_of(&self, nodes: impl IntoIterator<Item = NodeId>) -> Option<NodeId> {
+        nodes
+            .into_iter()
+            .reduce(|a, b| if self.score(b) > self.score(a) { b } else { a })
+    }
+
     pub(crate) fn is_bounded(&self) -> bool {
         self.bounded
     }
